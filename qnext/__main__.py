@@ -1,0 +1,7 @@
+"""`python -m qnext` is the `qnext` command."""
+
+import sys
+
+from qnext.cli.main import main
+
+sys.exit(main())
