@@ -1,0 +1,1 @@
+"""Frozen dataclasses that describe a model, its sampling defaults and a run; no torch."""
