@@ -382,7 +382,8 @@ def _read_layer_types(source: Mapping[str, Any], num_layers: int) -> tuple[str, 
         raise ValueError(f"layer_types = {types!r}: a list of {' | '.join(LAYER_TYPES)} is allowed")
     if not types:
         raise ValueError(f"layer_types has 0 entries, num_hidden_layers is {num_layers}")
-    return tuple(_LAYER_TYPE_ALIASES.get(kind, kind) for kind in types)
+    names: list[str] = list(types)
+    return tuple(_LAYER_TYPE_ALIASES.get(name, name) for name in names)
 
 
 def _read_dtype(source: Mapping[str, Any]) -> str | None:
