@@ -1,0 +1,33 @@
+"""Keys and values of the attention layers, one row per token, rows handed out in pages."""
+
+import torch
+
+
+class KVPool:
+    """Rows for keys and values; a page is `page_size` rows that follow one another.
+
+    Attributes:
+        k, v: [L, num_pages * page_size, Hkv, D], L counting attention layers, MTP's last.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        head_shape: tuple[int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.page_size = page_size
+        shape = (num_layers, num_pages * page_size, *head_shape)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def write(
+        self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store keys and values of new tokens. k, v: [T, Hkv, D]; slot_mapping: rows [T]."""
+        self.k[layer_idx].index_copy_(0, slot_mapping, k.to(self.k.dtype))
+        self.v[layer_idx].index_copy_(0, slot_mapping, v.to(self.v.dtype))

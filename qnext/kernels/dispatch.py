@@ -1,0 +1,176 @@
+"""The one place that chooses which kernel runs an op.
+
+An op is called here as a plain function. The backend named by `use_backend` runs it; with none
+named, the fastest backend whose `supports` has no objection does, and the reference otherwise.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qnext.kernels.attention import torch as attention_torch_module
+from qnext.kernels.attention.reference import attention_reference
+from qnext.kernels.causal_conv1d.reference import causal_conv1d_reference
+from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_reference
+from qnext.kernels.experts import torch as experts_torch_module
+from qnext.kernels.experts.reference import experts_reference
+from qnext.kernels.gated_delta_rule import torch as delta_torch_module
+from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
+from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
+from qnext.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qnext.kernels.linear.reference import linear_reference
+from qnext.kernels.paged_attention import torch as paged_torch_module
+from qnext.kernels.paged_attention.reference import paged_attention_reference
+from qnext.kernels.rms_norm.reference import rms_norm_reference
+from qnext.kernels.rotary.reference import rotary_reference
+from qnext.kernels.router.reference import router_reference
+
+BACKENDS = ("reference", "torch", "numba", "triton")
+
+_logger = logging.getLogger("qnext.kernels")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One backend's function for an op, and its `supports`, which says why it cannot run."""
+
+    backend: str
+    function: Callable[..., Any]
+    supports: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class OpChoice:
+    """What `backend_report` says of one op."""
+
+    op: str
+    backend: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+
+_named: dict[str, str] = {}  # op name, or "*" for the whole model -> backend
+_warned: set[tuple[str, str]] = set()
+
+
+class Op:
+    """An op with its reference and its faster kernels, fastest first."""
+
+    def __init__(
+        self, name: str, reference: Callable[..., Any], kernels: tuple[Kernel, ...] = ()
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.kernels = kernels
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the op on the chosen backend.
+
+        Raises:
+            ValueError: the backend named for this op cannot run these inputs.
+        """
+        named = _named.get(self.name) or _named.get("*")
+        if named == "reference":
+            return self.reference(*args, **kwargs)
+        for kernel in self.kernels:
+            if named is not None and kernel.backend != named:
+                continue
+            reason = kernel.supports(*args, **kwargs)
+            if reason is None:
+                return kernel.function(*args, **kwargs)
+            if self.name in _named:
+                raise ValueError(f"{self.name}: backend {named} cannot run: {reason}")
+            self._warn(kernel.backend, reason)
+        return self.reference(*args, **kwargs)
+
+    def backends(self) -> tuple[str, ...]:
+        """Backends that have this op, fastest first."""
+        return (*(kernel.backend for kernel in self.kernels), "reference")
+
+    def _warn(self, backend: str, reason: str) -> None:
+        if (self.name, reason) in _warned or torch.compiler.is_compiling():
+            return
+        _warned.add((self.name, reason))
+        _logger.info("%s: not on %s: %s", self.name, backend, reason)
+
+
+def _torch_kernel(module: Any, name: str) -> tuple[Kernel, ...]:
+    return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports),)
+
+
+rms_norm = Op("rms_norm", rms_norm_reference)
+gated_rms_norm = Op("gated_rms_norm", gated_rms_norm_reference)
+rotary = Op("rotary", rotary_reference)
+linear = Op("linear", linear_reference)
+causal_conv1d = Op("causal_conv1d", causal_conv1d_reference)
+causal_conv1d_window = Op("causal_conv1d_window", causal_conv1d_window_reference)
+router = Op("router", router_reference)
+gated_delta_window = Op("gated_delta_window", gated_delta_window_reference)
+experts = Op("experts", experts_reference, _torch_kernel(experts_torch_module, "experts"))
+attention = Op("attention", attention_reference, _torch_kernel(attention_torch_module, "attention"))
+paged_attention = Op(
+    "paged_attention",
+    paged_attention_reference,
+    _torch_kernel(paged_torch_module, "paged_attention"),
+)
+gated_delta_rule = Op(
+    "gated_delta_rule",
+    gated_delta_rule_reference,
+    _torch_kernel(delta_torch_module, "gated_delta_rule"),
+)
+
+OPS: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}
+
+
+@contextmanager
+def use_backend(backend: str, op: str | None = None) -> Iterator[dict[str, str]]:
+    """Name the backend of one op, or of the whole model, inside a with block.
+
+    For the whole model the ops that have the backend are bound to it and the others run as they
+    would otherwise; for one op, inputs that it cannot run raise. The choice holds for all threads.
+
+    Args:
+        backend: one of BACKENDS.
+        op: name of an op; None for the whole model.
+
+    Returns:
+        For each op the backend that it is bound to, "reference" for those that lack this one.
+
+    Raises:
+        ValueError: no such backend or op, or the op has no such backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+    if op is not None and op not in OPS:
+        raise ValueError(f"op = {op!r}: must be one of {', '.join(OPS)}")
+    if op is not None and backend not in OPS[op].backends():
+        raise ValueError(f"{op} has no backend {backend!r}, only {', '.join(OPS[op].backends())}")
+    bound = {
+        name: backend if backend in each.backends() else "reference" for name, each in OPS.items()
+    }
+    key = op or "*"
+    before = _named.get(key)
+    _named[key] = backend
+    try:
+        yield bound if op is None else {op: backend}
+    finally:
+        if before is None:
+            del _named[key]
+        else:
+            _named[key] = before
+
+
+def backend_report() -> list[OpChoice]:
+    """The backend that each op takes by default on this machine, and why the others were not."""
+    choices = []
+    for op in OPS.values():
+        if op.kernels:
+            first = op.kernels[0].backend
+            choices.append(OpChoice(op.name, first, "fastest that has this op"))
+        else:
+            choices.append(OpChoice(op.name, "reference", "plain PyTorch is the only one so far"))
+    return choices

@@ -1,0 +1,25 @@
+"""Matrix product with a weight, plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+
+def linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, row_stable: bool = False
+) -> torch.Tensor:
+    """Multiply rows by a weight: y = x W^T.
+
+    Args:
+        x: rows. [T, C]
+        weight: [N, C]; cast to the dtype of x, so that fp32 masters serve bf16 activations.
+        row_stable: each row's sum runs in one order whatever the other rows are. A matrix
+            product picks its blocking from the number of rows; one call per row cannot.
+
+    Returns:
+        [T, N] in the dtype of x.
+    """
+    weight = weight.to(x.dtype)
+    if not row_stable or x.shape[0] == 1:
+        return F.linear(x, weight)
+    # clone() starts every row at the allocator's alignment, which vector code may depend on.
+    return torch.cat([F.linear(row.clone(), weight) for row in x.split(1)])

@@ -1,0 +1,82 @@
+"""Gated Attention."""
+
+import torch
+from torch import nn
+
+from qnext.cache.hybrid import HybridCache
+from qnext.config.model import ModelConfig
+from qnext.kernels import dispatch
+from qnext.model.batch import ForwardBatch
+from qnext.model.norm import RMSNorm
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class GatedAttention(nn.Module):
+    """Grouped-query attention whose output passes a sigmoid gate computed beside the query.
+
+    One fused projection holds the rows [query | gate | key | value], each flat by head; the
+    checkpoint's q_proj interleaves query and gate head by head.
+
+    Args:
+        config: sizes.
+        layer_idx: index among the attention layers; the MTP layer comes last.
+    """
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        query_size = self.num_heads * self.head_dim
+        kv_size = self.num_kv_heads * self.head_dim
+        self.sizes = [query_size, query_size, kv_size, kv_size]
+        self.qkv_proj = nn.Parameter(torch.empty(sum(self.sizes), config.hidden_size))
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Parameter(torch.empty(config.hidden_size, query_size))
+
+    def project(
+        self, x: torch.Tensor, rotation: Rotation, row_stable: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows to rotated heads: q [T, Hq, D], k and v [T, Hkv, D], gate [T, Hq * D]."""
+        fused = dispatch.linear(x, self.qkv_proj, row_stable=row_stable)
+        q, gate, k, v = fused.split(self.sizes, dim=-1)
+        q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim))
+        k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim))
+        v = v.reshape(-1, self.num_kv_heads, self.head_dim)
+        return dispatch.rotary(q, *rotation), dispatch.rotary(k, *rotation), v, gate
+
+    def finish(self, heads: torch.Tensor, gate: torch.Tensor, row_stable: bool) -> torch.Tensor:
+        """Gate the read-out and project it. heads: [T, Hq, D]; gate: [T, Hq * D]"""
+        wide = torch.promote_types(heads.dtype, torch.float32)
+        gated = heads.flatten(1).to(wide) * torch.sigmoid(gate.to(wide))
+        out: torch.Tensor = dispatch.linear(
+            gated.to(heads.dtype), self.o_proj, row_stable=row_stable
+        )
+        return out
+
+    def forward(
+        self, x: torch.Tensor, rotation: Rotation, batch: ForwardBatch, cache: HybridCache | None
+    ) -> torch.Tensor:
+        """Mix tokens. x: [T, C]; with a cache the new keys and values are written to it."""
+        q, k, v, gate = self.project(x, rotation, batch.row_stable)
+        if cache is None:
+            heads = dispatch.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.scale)
+        else:
+            assert batch.cache_inputs is not None and batch.seq_lens is not None
+            slots = batch.cache_inputs.slot_mapping
+            pool = cache.kv_pool
+            pool.write(self.layer_idx, k[: slots.shape[0]], v[: slots.shape[0]], slots)
+            heads = dispatch.paged_attention(
+                q,
+                pool.k[self.layer_idx],
+                pool.v[self.layer_idx],
+                batch.token_slots(cache.page_size),
+                batch.seq_lens,
+                self.scale,
+                row_stable=batch.row_stable,
+            )
+        return self.finish(heads, gate, batch.row_stable)

@@ -1,0 +1,165 @@
+"""Gated DeltaNet."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qnext.cache.hybrid import HybridCache
+from qnext.config.model import ModelConfig
+from qnext.kernels import dispatch
+from qnext.model.batch import ForwardBatch
+from qnext.model.norm import GatedRMSNorm
+
+L2_EPS = 1e-6
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention with a decaying, self-correcting state.
+
+    One fused projection holds the rows [q | k | v | z | b | a], each flat by head; the
+    checkpoint groups them by key head.
+
+    Args:
+        config: sizes.
+        layer_idx: index among the DeltaNet layers.
+    """
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_key_heads = config.linear_num_key_heads
+        self.num_value_heads = config.linear_num_value_heads
+        self.key_head_dim = config.linear_key_head_dim
+        self.value_head_dim = config.linear_value_head_dim
+        self.key_dim, self.value_dim = config.key_dim, config.value_dim
+        heads = self.num_value_heads
+        self.sizes = [config.conv_dim, self.value_dim, heads, heads]  # qkv, z, b, a
+        self.in_proj = nn.Parameter(torch.empty(sum(self.sizes), config.hidden_size))
+        self.conv1d = nn.Parameter(torch.empty(config.conv_dim, config.linear_conv_kernel_dim))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.norm = GatedRMSNorm(self.value_head_dim, config.rms_norm_eps)
+        self.out_proj = nn.Parameter(torch.empty(config.hidden_size, self.value_dim))
+
+    def forward(
+        self, x: torch.Tensor, batch: ForwardBatch, cache: HybridCache | None
+    ) -> torch.Tensor:
+        """Mix tokens. x: [T, C]; with a cache the states advance as the batch says."""
+        fused = dispatch.linear(x, self.in_proj, row_stable=batch.row_stable)
+        mixed, z, b, a = fused.split(self.sizes, dim=-1)
+        if cache is None:
+            heads = self._packed(mixed, b, a, batch)
+        elif batch.is_window:
+            heads = self._window(mixed, b, a, batch, cache)
+        else:
+            heads = self._prefill(mixed, b, a, batch, cache)
+        z = z.reshape(-1, self.num_value_heads, self.value_head_dim)
+        gated = self.norm(heads, z).flatten(1)  # [T, Hv * V]
+        out: torch.Tensor = dispatch.linear(gated, self.out_proj, row_stable=batch.row_stable)
+        return out
+
+    def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Convolved channels [T, D] to q, k [T, Hk, K], normalised in fp32, and v [T, Hv, V]."""
+        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        q = _l2_norm(q.reshape(-1, self.num_key_heads, self.key_head_dim))
+        k = _l2_norm(k.reshape(-1, self.num_key_heads, self.key_head_dim))
+        v = v.reshape(-1, self.num_value_heads, self.value_head_dim)
+        return q * self.key_head_dim**-0.5, k, v
+
+    def _gates(self, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """beta and the log decay g <= 0, both [T, Hv] in fp32 at least."""
+        wide = torch.promote_types(a.dtype, torch.float32)
+        rate = self.A_log.to(wide).exp()
+        g = -rate * F.softplus(a.to(wide) + self.dt_bias.to(wide))
+        return torch.sigmoid(b.to(wide)), g
+
+    def _packed(
+        self, mixed: torch.Tensor, b: torch.Tensor, a: torch.Tensor, batch: ForwardBatch
+    ) -> torch.Tensor:
+        mixed = dispatch.causal_conv1d(mixed, self.conv1d, batch.local_positions)
+        q, k, v = self._heads(mixed)
+        beta, g = self._gates(b, a)
+        heads, _ = dispatch.gated_delta_rule(
+            q, k, v, g, beta, cu_seqlens=batch.cu_seqlens, row_tokens=batch.row_tokens
+        )
+        out: torch.Tensor = heads
+        return out
+
+    def _prefill(
+        self,
+        mixed: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        batch: ForwardBatch,
+        cache: HybridCache,
+    ) -> torch.Tensor:
+        assert batch.seq_lens is not None, "a batch with a cache has host lengths"
+        pool = cache.state_pool
+        conv_state = pool.conv_state[self.layer_idx]
+        slots = batch.state_slots
+        width = self.conv1d.shape[1]
+        convolved = []
+        for slot, part in zip(slots.tolist(), mixed.split(batch.seq_lens), strict=True):
+            steps = torch.arange(part.shape[0], device=part.device)
+            history = conv_state[slot].clone()
+            convolved.append(dispatch.causal_conv1d(part, self.conv1d, steps, history))
+            inputs = torch.cat([history, part.t().to(history.dtype)], dim=1)
+            conv_state[slot] = inputs[:, inputs.shape[1] - (width - 1) :]
+        q, k, v = self._heads(torch.cat(convolved))
+        beta, g = self._gates(b, a)
+        heads, final = dispatch.gated_delta_rule(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            cu_seqlens=batch.cu_seqlens,
+            initial_state=pool.recurrent_state[self.layer_idx, slots],
+        )
+        pool.recurrent_state[self.layer_idx, slots] = final
+        out: torch.Tensor = heads
+        return out
+
+    def _window(
+        self,
+        mixed: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        batch: ForwardBatch,
+        cache: HybridCache,
+    ) -> torch.Tensor:
+        assert batch.seq_lens is not None, "a batch with a cache has host lengths"
+        pool = cache.state_pool
+        convolved = dispatch.causal_conv1d_window(
+            mixed, self.conv1d, pool.conv_state[self.layer_idx], batch.state_slots, batch.seq_lens
+        )
+        q, k, v = self._heads(convolved)
+        beta, g = self._gates(b, a)
+        decay = g.exp()
+        heads, changes = dispatch.gated_delta_window(
+            q,
+            k,
+            v,
+            decay,
+            beta,
+            states=pool.recurrent_state[self.layer_idx],
+            state_slots=batch.state_slots,
+            query_lens=batch.seq_lens,
+        )
+        rows = sum(batch.seq_lens)
+        pool.record(
+            self.layer_idx,
+            *batch.window_rows,
+            keys=k[:rows],
+            changes=changes[:rows],
+            decays=decay[:rows],
+            inputs=mixed[:rows],
+        )
+        out: torch.Tensor = heads
+        return out
+
+
+def _l2_norm(x: torch.Tensor) -> torch.Tensor:
+    """Rows of unit length, in fp32 at least. x: [T, H, K]"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + L2_EPS)
