@@ -1,0 +1,1 @@
+"""From corpora to packed batches: sources, deduplication, shards, mixture, packing, loader."""
