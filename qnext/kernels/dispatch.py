@@ -23,6 +23,8 @@ from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
 from qnext.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qnext.kernels.linear.reference import linear_reference
+from qnext.kernels.linear_cross_entropy import torch as linear_cross_entropy_torch_module
+from qnext.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from qnext.kernels.paged_attention import torch as paged_torch_module
 from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
@@ -106,6 +108,11 @@ rms_norm = Op("rms_norm", rms_norm_reference)
 gated_rms_norm = Op("gated_rms_norm", gated_rms_norm_reference)
 rotary = Op("rotary", rotary_reference)
 linear = Op("linear", linear_reference)
+linear_cross_entropy = Op(
+    "linear_cross_entropy",
+    linear_cross_entropy_reference,
+    _torch_kernel(linear_cross_entropy_torch_module, "linear_cross_entropy"),
+)
 causal_conv1d = Op("causal_conv1d", causal_conv1d_reference)
 causal_conv1d_window = Op("causal_conv1d_window", causal_conv1d_window_reference)
 router = Op("router", router_reference)

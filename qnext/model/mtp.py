@@ -10,6 +10,7 @@ from qnext.kernels import dispatch
 from qnext.model.attention import GatedAttention, Rotation
 from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
+from qnext.model.moe import RouterStats
 from qnext.model.norm import RMSNorm
 from qnext.model.rope import RotaryTable
 
@@ -55,6 +56,7 @@ class MTPHead(nn.Module):
         rotation: Rotation,
         batch: ForwardBatch,
         cache: HybridCache | None,
+        router_stats: list[RouterStats] | None = None,
     ) -> torch.Tensor:
         """One step on rows whose keys are those of the step-0 kind, or on cached drafts.
 
@@ -62,13 +64,15 @@ class MTPHead(nn.Module):
             embedded: embeddings of the next tokens. [T, C]
             hidden: the trunk's state after its final norm, or the previous step's. [T, C]
             rotation: cos and sin at the rows' positions.
-            batch, cache: as for the trunk.
+            batch, cache, router_stats: as for the trunk.
 
         Returns:
             State after the head's norm, which predicts and feeds the next step. [T, C]
         """
         x = self.combine(embedded, hidden, batch.row_stable)
-        x, _ = self.layer(x, rotation, batch, cache)
+        x, stats = self.layer(x, rotation, batch, cache)
+        if router_stats is not None and stats is not None:
+            router_stats.append(stats)
         out: torch.Tensor = self.norm(x)
         return out
 
@@ -80,6 +84,7 @@ def unrolled_steps(
     hidden: torch.Tensor,
     batch: ForwardBatch,
     num_steps: int,
+    router_stats: list[RouterStats] | None = None,
 ) -> list[torch.Tensor]:
     """Teacher-forced steps 0 to num_steps - 1 for every token, with the keys that drafting has.
 
@@ -90,6 +95,7 @@ def unrolled_steps(
         hidden: trunk states after the final norm. [T, C]
         batch: the packed tokens the states belong to.
         num_steps: how many steps, k >= 1.
+        router_stats: receives one record per step, if the layer is a mixture.
 
     Returns:
         k states [T, C]; row t of step j predicts token t + 2 + j, and means something only where
@@ -105,7 +111,7 @@ def unrolled_steps(
         embedded = F.embedding(following, embed_tokens).to(hidden.dtype)
         rotation = table(batch.position_ids + step, hidden.dtype)
         if step == 0 and num_steps == 1:
-            return [head(embedded, hidden, rotation, batch, None)]
+            return [head(embedded, hidden, rotation, batch, None, router_stats)]
         layer = head.layer
         mixer = layer.mixer
         assert isinstance(mixer, GatedAttention), "the MTP layer is an attention layer"
@@ -119,7 +125,9 @@ def unrolled_steps(
             visible = _same_sequence(batch) if visible is None else visible
             heads = _draft_attention(q, keys, values, visible, mixer.scale)
         x = x + mixer.finish(heads, gate, False)
-        out, _ = layer.mlp(layer.post_attention_layernorm(x), batch)
+        out, stats = layer.mlp(layer.post_attention_layernorm(x), batch)
+        if router_stats is not None and stats is not None:
+            router_stats.append(stats)
         states.append(head.norm(x + out))
     return states
 

@@ -158,7 +158,12 @@ class Qwen3Next(nn.Module):
         return out[:num_tokens]
 
     def mtp_hidden(
-        self, hidden: torch.Tensor, batch: ForwardBatch, num_steps: int = 1
+        self,
+        hidden: torch.Tensor,
+        batch: ForwardBatch,
+        num_steps: int = 1,
+        *,
+        router_stats: list[RouterStats] | None = None,
     ) -> list[torch.Tensor]:
         """Teacher-forced MTP steps without a cache, as training and scoring need them.
 
@@ -166,6 +171,7 @@ class Qwen3Next(nn.Module):
             hidden: trunk states of the batch. [T, C]
             batch: packed tokens, no cache.
             num_steps: k >= 1.
+            router_stats: receives one record per step, if the head's layer is a mixture.
 
         Returns:
             k states [T, C]; row t of step j predicts token t + 2 + j, where that row's sequence
@@ -178,7 +184,9 @@ class Qwen3Next(nn.Module):
         if num_steps < 1:
             raise ValueError(f"num_steps = {num_steps}: must be at least 1")
         table = self.rotary_table
-        return unrolled_steps(head, self.embed_tokens, table, hidden, batch, num_steps)
+        return unrolled_steps(
+            head, self.embed_tokens, table, hidden, batch, num_steps, router_stats
+        )
 
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
