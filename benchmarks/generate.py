@@ -23,6 +23,7 @@ from benchmarks.report import Measurement, environment, print_report
 from qnext.config.presets import PRESETS, preset
 from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
+from qnext.model.init import init_weights
 from qnext.model.qwen3_next import Qwen3Next
 
 SHIPPED = "nano"
@@ -95,9 +96,8 @@ def checkpoint_of(name: str, scratch: Path) -> str:
     """The name itself if LLM can open it, else a folder with random weights of that preset."""
     if name == SHIPPED or name not in PRESETS:
         return name
-    torch.manual_seed(0)
     model = Qwen3Next(preset(name), dtype=torch.bfloat16)
-    model.init_weights()
+    init_weights(model, model.config, seed=0)
     folder = scratch / name
     model.save_pretrained(folder)
     return str(folder)
