@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import shutil
 import tempfile
@@ -21,7 +20,14 @@ from qnext.data.shards import (
     token_dtype,
     write_manifest,
 )
-from qnext.data.sources import Document, RecordFormat, document_of, read_documents
+from qnext.data.sources import (
+    Document,
+    RecordFormat,
+    document_of,
+    expand_path,
+    find_files,
+    read_documents,
+)
 from qnext.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # Text handed to the tokenizer at once: enough long documents for every core, little memory.
@@ -88,7 +94,7 @@ class PrepareConfig:
     shard_tokens: int = DEFAULT_SHARD_TOKENS
 
     def __post_init__(self) -> None:
-        names = [entry.name for entry in (*self.source, *self.view)]
+        names = [source.name for source in self.source] + [view.name for view in self.view]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"source name {twice[0]!r} is given twice")
@@ -126,10 +132,10 @@ def prepare(config: PrepareConfig, report: Report = print) -> Path:
         ValueError: the output exists, an input is missing, truncated or corrupt, or no document
             of a source was kept.
     """
-    output = Path(_expanded(config.output))
+    output = Path(expand_path(config.output))
     if output.exists():
         raise ValueError(f"output {output} exists: remove it or name another")
-    tokenizer = load_tokenizer(_expanded(config.tokenizer))
+    tokenizer = load_tokenizer(expand_path(config.tokenizer))
     near = NearDedup(config.near_dedup_threshold) if config.near_dedup else None
     filters = _Filters(near=near)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -139,7 +145,7 @@ def prepare(config: PrepareConfig, report: Report = print) -> Path:
         for source in config.source:
             counts.append(_prepare_source(source, config, tokenizer, filters, partial))
             report(_summary(counts[-1]))
-        _copy_tokenizer(Path(_expanded(config.tokenizer)), partial / "tokenizer")
+        _copy_tokenizer(Path(expand_path(config.tokenizer)), partial / "tokenizer")
         write_manifest(
             partial,
             counts,
@@ -200,27 +206,10 @@ def _documents(source: SourceConfig, counts: SourceCounts) -> Iterator[Document]
         for idx, messages in enumerate(made):
             record = {"messages": messages, "license": source.license, "lang": source.language}
             yield document_of(record, record_format, f"{source.generator} {idx}")
-    for file in _input_files(source):
-        counts.inputs.append(file.name)
-        yield from read_documents(file, record_format)
-
-
-def _input_files(source: SourceConfig) -> list[Path]:
-    files: list[Path] = []
     for pattern in source.inputs:
-        expanded = _expanded(pattern)
-        found = sorted(glob.glob(expanded, recursive=True))
-        if not found:
-            raise ValueError(f"source {source.name!r}: no file matches {expanded}")
-        files += [Path(name) for name in found]
-    return files
-
-
-def _expanded(text: str) -> str:
-    result = os.path.expanduser(os.path.expandvars(text))
-    if "$" in result:
-        raise ValueError(f"path {text!r} names an environment variable that is not set")
-    return result
+        for file in find_files(pattern):
+            counts.inputs.append(file.name)
+            yield from read_documents(file, record_format)
 
 
 def _kept(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -42,6 +44,31 @@ class RecordFormat:
     """Licence of records that name none."""
     language: str = "unknown"
     """Language of records that name none."""
+
+
+def expand_path(text: str) -> str:
+    """Replace ~ and $NAME in a path.
+
+    Raises:
+        ValueError: an environment variable that is not set.
+    """
+    result = os.path.expanduser(os.path.expandvars(text))
+    if "$" in result:
+        raise ValueError(f"path {text!r} names an environment variable that is not set")
+    return result
+
+
+def find_files(pattern: str) -> list[Path]:
+    """Files that match a glob pattern, in the order of their names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    expanded = expand_path(pattern)
+    found = sorted(glob.glob(expanded, recursive=True))
+    if not found:
+        raise ValueError(f"no file matches {expanded}")
+    return [Path(name) for name in found]
 
 
 def read_documents(path: Path, record_format: RecordFormat) -> Iterator[Document]:
@@ -178,12 +205,13 @@ def document_of(record: Any, record_format: RecordFormat, origin: str) -> Docume
                 f"the record has {sorted(record)}"
             ) from error
     else:
-        text = record.get(record_format.text_key)
-        if not isinstance(text, str):
+        found = record.get(record_format.text_key)
+        if not isinstance(found, str):
             raise ValueError(
                 f"{origin}: key {record_format.text_key!r} holds no text; "
                 f"the record has {sorted(record)}"
             )
+        text = found
     return _text_document(record, text, record_format, origin)
 
 
