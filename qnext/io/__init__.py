@@ -1,0 +1,1 @@
+"""Checkpoints as tensors with names: shapes, shards, configs, atomic writes; no nn.Module."""
