@@ -1,0 +1,1 @@
+"""Generation: requests in, tokens out, with pages, slots and speculative decoding."""

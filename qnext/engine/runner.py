@@ -1,0 +1,230 @@
+"""Runs the model: prompt chunks, windows of rows, drafts. Owns the cache and the hidden rows.
+
+The draft layer has a cache of its own: its row t holds (hidden_t, token_{t+1}), so it is one token
+behind the main model's. Hidden rows wait here until drafts are wanted.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qnext.cache.hybrid import HybridCache
+from qnext.engine.inputs import SequenceRows, build_batch, state_slot
+from qnext.engine.request import Request
+from qnext.engine.sampler import LogitsRow, Purpose
+from qnext.engine.speculative import Drafts, choose_token
+from qnext.model.batch import ForwardBatch
+from qnext.model.qwen3_next import Qwen3Next
+
+# Hidden rows that may wait for the draft layer, a sequence, before they are worked off.
+MAX_PENDING_ROWS = 2048
+
+
+class TensorRows:
+    """Rows of raw logits on the model's device, brought over when needed. [T, W]"""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+        self._argmax: list[int] | None = None
+        self._host: Tensor | None = None
+
+    def argmax(self, row_idx: int) -> int:
+        """Lowest id of the largest logit; one transfer for all rows."""
+        if self._argmax is None:
+            self._argmax = self._logits.argmax(-1).tolist()
+        return self._argmax[row_idx]
+
+    def row(self, row_idx: int) -> LogitsRow:
+        """The row as an array; one transfer for all rows."""
+        if self._host is None:
+            self._host = self._logits.float().cpu()
+        return self._host[row_idx].numpy()
+
+
+@dataclass
+class _PendingRows:
+    """Hidden rows of one sequence that the draft layer has not seen, from position `start`."""
+
+    start: int = 0
+    parts: list[Tensor] = field(default_factory=list)  # [*, C] each
+    num_rows: int = 0
+
+    def add(self, hidden: Tensor) -> None:
+        self.parts.append(hidden)
+        self.num_rows += hidden.shape[0]
+
+    def take(self, num_rows: int) -> Tensor:
+        """Remove and return the first rows. [num_rows, C]"""
+        joined = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        self.start += num_rows
+        self.num_rows -= num_rows
+        self.parts = [joined[num_rows:]] if self.num_rows else []
+        return joined[:num_rows]
+
+
+class ModelRunner:
+    """The model with its cache, driven by lists of requests.
+
+    Args:
+        cache: made for this model, with the scheduler's number of pages and slots.
+        chunk_tokens: rows a prompt is fed in.
+        keeps_hidden: whether drafts may be asked for.
+    """
+
+    def __init__(
+        self, model: Qwen3Next, cache: HybridCache, *, chunk_tokens: int, keeps_hidden: bool
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = model.device
+        self.max_window = cache.state_pool.max_window
+        self.chunk_tokens = chunk_tokens
+        self.keeps_hidden = keeps_hidden
+        self.deferred_seconds = 0.0  # time spent on hidden rows put off from earlier steps
+        self._pending: dict[str, _PendingRows] = {}
+
+    def start(self, request: Request) -> None:
+        """Clear the state of a sequence that begins, or begins again."""
+        self.cache.reset_state([state_slot(request)])
+        self._pending[request.request_id] = _PendingRows()
+
+    def release(self, request: Request) -> None:
+        """Forget a sequence."""
+        self._pending.pop(request.request_id, None)
+
+    @torch.inference_mode()
+    def prefill(self, request: Request, end: int, *, is_drafting: bool) -> TensorRows | None:
+        """Feed the prompt's tokens up to `end`.
+
+        Args:
+            is_drafting: work off hidden rows now, so that few are held.
+
+        Returns:
+            Logits after the last prompt token; None before it or when the answer has begun.
+        """
+        start = request.num_computed
+        rows = SequenceRows(request, request.prompt_token_ids[start:end], start)
+        hidden = self.model(self._batch([rows], is_window=False), self.cache)  # [T, C]
+        request.num_computed = end
+        is_last = end == request.num_prompt_tokens
+        if self.keeps_hidden:
+            self._keep(request, hidden)
+            if is_drafting and not is_last:
+                self._catch_up(request, leave=0)
+        if not is_last or request.output_token_ids:
+            return None
+        return self._logits(hidden[-1:])
+
+    @torch.inference_mode()
+    def draft(self, requests: Sequence[Request], num_drafts: Sequence[int]) -> list[Drafts]:
+        """Draft tokens that follow each sequence's last one.
+
+        Args:
+            requests: sequences whose known tokens, all but the last, are in the cache; one that is
+                being replayed may lack more and then gets 0 drafts.
+            num_drafts: for each; 0 only works off its hidden rows.
+        """
+        drafts = [Drafts() for _ in requests]
+        rows, hidden = self._step_zero_rows(requests)
+        draft_hidden = self._draft_step(rows, hidden, is_window=True)
+        last_rows = list(accumulate((len(r.token_ids) for r in rows), initial=-1))[1:]
+        positions = [r.start + len(r.token_ids) - 1 for r in rows]
+        wanted = [i for i, count in enumerate(num_drafts) if count > 0]
+        draft_hidden = draft_hidden[[last_rows[i] for i in wanted]]  # [wanted, C]
+        for depth in range(max(num_drafts)):
+            logits = self._logits(draft_hidden)
+            for row_idx, i in enumerate(wanted):
+                earlier = drafts[i].token_ids
+                chosen = choose_token(requests[i], logits, row_idx, Purpose.DRAFT, earlier)
+                drafts[i].token_ids = [*earlier, chosen[0]]
+                drafts[i].probs.append(chosen[1])
+            deeper = [row for row, i in enumerate(wanted) if num_drafts[i] > depth + 1]
+            if not deeper:
+                break
+            wanted = [wanted[row] for row in deeper]
+            rows = [
+                SequenceRows(requests[i], drafts[i].token_ids[-1:], positions[i] + depth + 1)
+                for i in wanted
+            ]
+            draft_hidden = self._draft_step(rows, draft_hidden[deeper], is_window=True)
+        return drafts
+
+    @torch.inference_mode()
+    def forward_windows(self, windows: Sequence[SequenceRows]) -> tuple[Tensor, TensorRows]:
+        """Run one window of each sequence; states wait for `commit`.
+
+        Returns:
+            Hidden rows [T, C]; their logits [T, W].
+        """
+        hidden = self.model(self._batch(windows, is_window=True), self.cache)
+        return hidden, self._logits(hidden)
+
+    @torch.inference_mode()
+    def commit(
+        self, windows: Sequence[SequenceRows], num_rows: Sequence[int], hidden: Tensor
+    ) -> None:
+        """Make the first rows of each window part of its sequence; the others never happened.
+
+        Args:
+            num_rows: rows to keep for each window, at least 1.
+            hidden: what `forward_windows` returned.
+        """
+        slots = tuple(state_slot(window.request) for window in windows)
+        self.cache.commit(slots, tuple(num_rows))
+        first_row = 0
+        for window, kept in zip(windows, num_rows, strict=True):
+            window.request.num_computed += kept
+            if self.keeps_hidden:
+                self._keep(window.request, hidden[first_row : first_row + kept])
+            first_row += len(window.token_ids)
+
+    def _batch(self, rows: Sequence[SequenceRows], *, is_window: bool) -> ForwardBatch:
+        return build_batch(rows, self.cache.page_size, self.device, is_window=is_window)
+
+    def _logits(self, hidden: Tensor) -> TensorRows:
+        # On a CPU each row alone, so that a row's logits do not depend on the batch.
+        is_cpu = self.device.type == "cpu"
+        return TensorRows(self.model.compute_logits(hidden, row_stable=is_cpu))
+
+    def _draft_step(
+        self, rows: Sequence[SequenceRows], hidden: Tensor, *, is_window: bool
+    ) -> Tensor:
+        """Run the draft layer on rows whose ids are the tokens after their positions. [T, C]"""
+        batch = self._batch(rows, is_window=is_window)
+        return self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)
+
+    def _keep(self, request: Request, hidden: Tensor) -> None:
+        pending = self._pending[request.request_id]
+        pending.add(hidden)
+        if pending.num_rows > MAX_PENDING_ROWS:
+            self._catch_up(request, leave=1)  # the token after the last row is not known yet
+
+    def _step_zero_rows(self, requests: Sequence[Request]) -> tuple[list[SequenceRows], Tensor]:
+        """Draft-layer rows of the tokens decided since the last drafts; few enough for a window."""
+        rows, parts = [], []
+        for request in requests:
+            pending = self._pending[request.request_id]
+            if pending.num_rows > self.max_window:
+                self._catch_up(request, leave=1)
+            start, count = pending.start, pending.num_rows
+            parts.append(pending.take(count))
+            rows.append(
+                SequenceRows(request, request.token_ids[start + 1 : start + 1 + count], start)
+            )
+        return rows, torch.cat(parts)
+
+    def _catch_up(self, request: Request, leave: int) -> None:
+        """Feed pending rows to the draft layer, alone and in chunks, all but the last `leave`."""
+        began = time.perf_counter()
+        pending = self._pending[request.request_id]
+        while pending.num_rows > leave:
+            start = pending.start
+            count = min(pending.num_rows - leave, self.chunk_tokens)
+            rows = SequenceRows(request, request.token_ids[start + 1 : start + 1 + count], start)
+            assert len(rows.token_ids) == count, f"{len(rows.token_ids)} known tokens of {count}"
+            self._draft_step([rows], pending.take(count), is_window=False)
+        self.deferred_seconds += time.perf_counter() - began
