@@ -19,8 +19,8 @@ def load_toml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
         path: the file.
         cls: a dataclass whose fields are bool, int, float, str, Path, Literal, other dataclasses,
             tuples, lists, string-keyed dicts of these, and unions of these with None.
-        overrides: settings laid over the file's, each `table.key=value`; the value is read as TOML,
-            and as a plain string where that fails.
+        overrides: settings laid over the file's, each `table.key=value`, or `list.0.key=value` for
+            a table in a list; the value is read as TOML, and as a plain string where that fails.
 
     Raises:
         ValueError: an unreadable file, an unknown or missing key, or a wrong type; the text names
@@ -103,11 +103,17 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    target: Any = table
     for depth, key in enumerate(keys[:-1]):
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
+        if isinstance(target, list) and key.isdigit() and int(key) < len(target):
+            target = target[int(key)]
+        elif isinstance(target, dict):
+            target = target.setdefault(key, {})
+        if not isinstance(target, dict | list):
             raise ValueError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is no table")
-    table[keys[-1]] = value
+    if not isinstance(target, dict):
+        raise ValueError(f"override {override!r}: {'.'.join(keys[:-1])} is no table")
+    target[keys[-1]] = value
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -112,7 +112,9 @@ class ModelSource:
     """Where the weights come from: a preset drawn anew, or a checkpoint folder to go on from."""
 
     preset: str | None = None
-    """Name of a preset (`nano`, `nano-dense`, ...) or path of a config.json: drawn anew."""
+    """Name of a preset (`nano`, `nano-dense`, ...) or folder with a config.json: drawn anew."""
+    override: dict[str, int | float | bool] = field(default_factory=dict)
+    """Sizes of the preset to change, by their name in config.json."""
     path: str | None = None
     """Folder of a saved model to start from, tokenizer included."""
     mtp: bool = True
@@ -121,6 +123,9 @@ class ModelSource:
     def __post_init__(self) -> None:
         given = [name for name in ("preset", "path") if getattr(self, name) is not None]
         _require(len(given) == 1, "model", given, "given by exactly one of preset and path")
+        _require(
+            self.path is None or not self.override, "model.override", self.override, "of a preset"
+        )
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,8 @@ class RuntimeConfig:
     """Compile the model's layers and the loss with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping what it needs."""
+    tf32: bool = True
+    """With bfloat16 on a GPU: float32 products (DeltaNet's chunks) round their inputs to TF32."""
     deterministic: bool = False
     """Only kernels that give the same bits each run (slower on a GPU; on a CPU always so)."""
     num_threads: int | None = None

@@ -81,6 +81,16 @@ def test_overrides_are_laid_over_the_file(tmp_path):
     assert (run.title, run.best.tokens, run.best.seed) == ("plain words", 9, 4)
 
 
+def test_an_override_reaches_a_table_in_a_list(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TEXT)
+    run = load_toml(path, Run, ["stages.0.tokens=9", "stages.0.sources.1.weight=3"])
+    assert run.stages[0].tokens == 9
+    assert run.stages[0].sources[1].weight == 3
+    with pytest.raises(ValueError, match=r"stages\.4"):
+        load_toml(path, Run, ["stages.4.tokens=9"])
+
+
 @pytest.mark.parametrize(
     "table,words",
     [
