@@ -75,8 +75,8 @@ def test_bad_lines_are_named(tmp_path):
     file.write_bytes(b'{"text": "a"}\n\xff\xfe\n')
     with pytest.raises(ValueError, match="a.jsonl, line 2: not UTF-8"):
         texts(file)
+    file.write_text('{"messages": "a"}\n')
     with pytest.raises(ValueError, match="line 1: key 'messages' holds no list"):
-        file.write_text('{"messages": "a"}\n')
         texts(file, RecordFormat(is_chat=True))
 
 
