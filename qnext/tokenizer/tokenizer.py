@@ -170,9 +170,13 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of vocabulary, merges and chat template: equal hashes make equal token shards."""
+        """Hash of the vocabulary's texts and ids and of the chat template.
+
+        Token shards carry it. It does not depend on how a library's release writes the file.
+        """
+        vocab = sorted(self.backend.get_vocab(with_added_tokens=True).items())
         template = self.chat_template.source if self.chat_template else ""
-        return hashlib.sha256((self.backend.to_str() + "\0" + template).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([vocab, template]).encode()).hexdigest()
 
     @cached_property
     def _bytes_of_id(self) -> dict[int, bytes]:
