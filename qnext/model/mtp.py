@@ -107,7 +107,10 @@ def unrolled_steps(
     values: list[torch.Tensor] = []
     visible = None
     for step in range(num_steps):
-        following = torch.cat([token_ids[step + 1 :], token_ids[: step + 1]])[: len(token_ids)]
+        following = token_ids.roll(-step - 1)
+        # Past a document's end a row reads its own token: what comes after has no part in it.
+        is_within = batch.position_ids.roll(-step - 1) == batch.position_ids + step + 1
+        following = torch.where(is_within, following, token_ids)
         embedded = F.embedding(following, embed_tokens).to(hidden.dtype)
         rotation = table(batch.position_ids + step, hidden.dtype)
         if step == 0 and num_steps == 1:
