@@ -66,7 +66,8 @@ class GatedAttention(nn.Module):
         if cache is None:
             heads = dispatch.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.scale)
         else:
-            assert batch.cache_inputs is not None and batch.seq_lens is not None
+            assert batch.cache_inputs is not None, "a batch with a cache names its places"
+            assert batch.seq_lens is not None, "a batch with a cache has host lengths"
             slots = batch.cache_inputs.slot_mapping
             pool = cache.kv_pool
             pool.write(self.layer_idx, k[: slots.shape[0]], v[: slots.shape[0]], slots)

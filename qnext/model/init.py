@@ -28,7 +28,7 @@ def init_weights(
         model: a `Qwen3Next` on a real device.
         config: its sizes.
         seed: of a generator used for this call alone.
-        decay: "paper": A ~ U(0, 16), dt log-uniform in 0.001..0.1 (half-lives of 11 tokens, median);
+        decay: "paper": A ~ U(0, 16), dt log-uniform in 0.001..0.1 (median half-life 11 tokens);
             "hf": A ~ U(0.01, 16), dt_bias 1 (0.07 tokens), as transformers draws them.
 
     Raises:

@@ -46,6 +46,9 @@ class Qwen3Next(nn.Module):
         self.config = config
         self.has_mtp = has_mtp
         self.compute_dtype: torch.dtype | None = None
+        # Set by loading: how each checkpoint tensor was stored, and where from.
+        self.stored_dtypes: dict[str, torch.dtype] = {}
+        self.source_folder: Path | None = None
         self.rotary_table = RotaryTable(config)
         with torch.device(device):
             self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))

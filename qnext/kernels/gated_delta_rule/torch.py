@@ -127,7 +127,7 @@ def _chunked(
     keys_out = (k * to_end[..., None]).transpose(-1, -2)  # [n, R, H, K, L]
     through = from_start[..., -1, :, None] * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     flat = (num_chunks, rows * heads)
-    states = _AffineScan.apply(
+    states = _affine_scan(
         (through - keys_out @ erase).reshape(*flat, k.shape[-1], k.shape[-1]),
         (keys_out @ fresh).reshape(*flat, k.shape[-1], v.shape[-1]),
         state.reshape(rows * heads, k.shape[-1], v.shape[-1]),
@@ -161,12 +161,14 @@ def _exp_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """(I + A)^-1 for strictly lower triangular A, by substitution."""
+    """(I + A)^-1 for strictly lower triangular A."""
 
     @staticmethod
     def forward(ctx: Any, lower: torch.Tensor) -> torch.Tensor:
+        # Substitution, not the series I - A + A^2 - ...: powers of A grow like binomials where
+        # keys are alike, and their sum cancels to nothing but rounding.
         eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-        inverse = torch.linalg.solve_triangular(
+        inverse: torch.Tensor = torch.linalg.solve_triangular(
             lower, eye.expand_as(lower), upper=False, unitriangular=True
         )
         ctx.save_for_backward(inverse)
@@ -179,40 +181,63 @@ class _UnitLowerInverse(torch.autograd.Function):
         return -(transposed @ grad @ transposed).tril(-1)
 
 
-class _AffineScan(torch.autograd.Function):
+@torch.library.custom_op("qnext::affine_scan", mutates_args=())
+def _affine_scan(matrices: torch.Tensor, inputs: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     """S_{i+1} = M_i S_i + U_i for all chunks; returns S_0 to S_n.
 
-    Autograd would keep a graph node per chunk; here the backward is one scan and one product.
+    Args:
+        matrices: M. [n, X, K, K]
+        inputs: U. [n, X, K, V]
+        state: S_0. [X, K, V]
+
+    Returns:
+        [n + 1, X, K, V]
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, matrices: torch.Tensor, inputs: torch.Tensor, state: torch.Tensor
-    ) -> torch.Tensor:
-        states = torch.empty(
-            inputs.shape[0] + 1, *state.shape, dtype=state.dtype, device=state.device
+    states = inputs.new_empty(inputs.shape[0] + 1, *state.shape)
+    states[0] = state
+    for chunk_idx in range(inputs.shape[0]):
+        torch.baddbmm(
+            inputs[chunk_idx], matrices[chunk_idx], states[chunk_idx], out=states[chunk_idx + 1]
         )
-        states[0] = state
-        for chunk_idx in range(inputs.shape[0]):
-            torch.baddbmm(
-                inputs[chunk_idx],
-                matrices[chunk_idx],
-                states[chunk_idx],
-                out=states[chunk_idx + 1],
-            )
-        ctx.save_for_backward(matrices, states)
-        return states
+    return states
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        matrices, states = ctx.saved_tensors
-        flows = torch.empty_like(grad)
-        flows[-1] = grad[-1]
-        for chunk_idx in range(matrices.shape[0] - 1, -1, -1):
-            torch.baddbmm(
-                grad[chunk_idx],
-                matrices[chunk_idx].transpose(-1, -2),
-                flows[chunk_idx + 1],
-                out=flows[chunk_idx],
-            )
-        return flows[1:] @ states[:-1].transpose(-1, -2), flows[1:], flows[0]
+
+@torch.library.custom_op("qnext::affine_scan_backward", mutates_args=())
+def _affine_scan_backward(grad: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Gradients of S_0 to S_n through all later states. grad: [n + 1, X, K, V]"""
+    flows = torch.empty_like(grad)
+    flows[-1] = grad[-1]
+    for chunk_idx in range(matrices.shape[0] - 1, -1, -1):
+        torch.baddbmm(
+            grad[chunk_idx],
+            matrices[chunk_idx].transpose(-1, -2),
+            flows[chunk_idx + 1],
+            out=flows[chunk_idx],
+        )
+    return flows
+
+
+@_affine_scan.register_fake
+def _(matrices: torch.Tensor, inputs: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    return inputs.new_empty(inputs.shape[0] + 1, *state.shape)
+
+
+@_affine_scan_backward.register_fake
+def _(grad: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(grad)
+
+
+def _save_scan(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _differentiate_scan(
+    ctx: Any, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One scan and one product; autograd through the loop would keep a node per chunk."""
+    matrices, states = ctx.saved_tensors
+    flows = _affine_scan_backward(grad.contiguous(), matrices)
+    return flows[1:] @ states[:-1].transpose(-1, -2), flows[1:].clone(), flows[0].clone()
+
+
+_affine_scan.register_autograd(_differentiate_scan, setup_context=_save_scan)
