@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
 from qnext.model.init import init_weights
 from qnext.model.qwen3_next import Qwen3Next
+from qnext.runtime.device import resolve_dtype
 
 SHIPPED = "nano"
 PROMPTS = (
@@ -72,35 +72,35 @@ def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        model = checkpoint_of(args.model, Path(scratch))
-        engines = {
-            drafts: LLM(
-                model=model,
-                dtype=args.dtype,
-                device="cpu",
-                max_model_len=max([*args.prefill, 256 + args.tokens]) + 1,
-                max_num_seqs=max(args.batch),
-                num_speculative_tokens=drafts if drafts == "auto" else int(drafts),
-            )
-            for drafts in args.drafts
-        }
-        measurements = measure_prefill(args, next(iter(engines.values())))
-        measurements += measure_decode(args, engines)
-        if args.peer:
-            measurements += measure_transformers(args, model)
+    first = open_model(args)
+    engines = {drafts: engine_for(args, first, drafts) for drafts in args.drafts}
+    measurements = measure_prefill(args, next(iter(engines.values())))
+    measurements += measure_decode(args, engines)
+    if args.peer:
+        measurements += measure_transformers(args, first.model)
     print_report(measurements, environment(torch.get_num_threads()))
 
 
-def checkpoint_of(name: str, scratch: Path) -> str:
-    """The name itself if LLM can open it, else a folder with random weights of that preset."""
-    if name == SHIPPED or name not in PRESETS:
-        return name
-    model = Qwen3Next(preset(name), dtype=torch.bfloat16)
+def open_model(args: argparse.Namespace) -> LLM:
+    """The shipped model or a checkpoint; for another preset, random weights."""
+    if args.model == SHIPPED or args.model not in PRESETS:
+        return LLM(args.model, dtype=args.dtype, device="cpu", num_speculative_tokens=0)
+    dtype = torch.bfloat16 if args.dtype == "auto" else resolve_dtype(args.dtype)
+    model = Qwen3Next(preset(args.model), dtype=dtype)
     init_weights(model, model.config, seed=0)
-    folder = scratch / name
-    model.save_pretrained(folder)
-    return str(folder)
+    return LLM.from_model(model, num_speculative_tokens=0, max_model_len=1024)
+
+
+def engine_for(args: argparse.Namespace, first: LLM, drafts: str) -> LLM:
+    """The same weights with this many drafts per step."""
+    return LLM.from_model(
+        first.model,
+        first.tokenizer,
+        first.generation_config,
+        max_model_len=max([*args.prefill, 256 + args.tokens]) + 2,
+        max_num_seqs=max([*args.batch, 1]),
+        num_speculative_tokens=drafts if drafts == "auto" else int(drafts),
+    )
 
 
 def random_ids(num_tokens: int, vocab_size: int = 4096) -> list[int]:
@@ -181,13 +181,13 @@ def check_equal_outputs(engines: dict[str, LLM], prompts: list[Prompt], num_toke
             raise ValueError(f"greedy tokens with k = {name} differ from those with k = {first}")
 
 
-def measure_transformers(args: argparse.Namespace, model: str) -> list[Measurement]:
-    """The same prompts through Hugging Face transformers, eager, one sequence."""
+def measure_transformers(args: argparse.Namespace, model: Qwen3Next) -> list[Measurement]:
+    """The same weights and prompts through Hugging Face transformers, eager, one sequence."""
     from transformers import AutoModelForCausalLM
 
-    from qnext.engine.llm import resolve_model_path
-
-    peer: Any = AutoModelForCausalLM.from_pretrained(resolve_model_path(model), dtype="auto")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     peer.eval()
 
     def seconds_of(ids: list[int], num_tokens: int) -> float:
