@@ -22,7 +22,7 @@ from qnext.config.hf_keys import IGNORED_KEYS, REQUIRED_VALUES, ROPE_KEYS
 
 LAYER_TYPES = ("linear_attention", "full_attention")
 ROPE_TYPES = ("default", "yarn")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 DEFAULT_ATTENTION_INTERVAL = 4
 
 # Names that older writers use for the two layer types.
