@@ -52,7 +52,7 @@ def tiny_model(
         if parameter.dim() >= 2 and "layer" in name and "conv" not in name:
             parameter *= scale
     model.embed_tokens *= 50.0
-    model.lm_head *= 50.0
+    model.lm_head *= 15.0
     if model.mtp is not None:
         size = config.hidden_size
         model.mtp.fc[:, :size] = torch.eye(size)
