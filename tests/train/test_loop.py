@@ -1,23 +1,19 @@
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from qnext.cli.main import main
 from qnext.config.toml import from_table
 from qnext.config.train import TrainConfig
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.train.checkpoint import find_latest
 from qnext.train.loop import Trainer
 from tests.data.corpus import prepare_corpus, write_jsonl
-from tests.train.tiny import SIZES
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
+from tests.train.tiny import SIZES, resume_run
 
 
 @pytest.fixture(scope="module")
@@ -84,39 +80,27 @@ def weights_bytes(folder):
     }
 
 
-def command(table, tmp_path):
-    """The CLI on this run; settings travel as JSON, which TOML reads once keys are quoted."""
-    file = tmp_path / f"{Path(table['output']).name}.toml"
-    file.write_text(to_toml(table))
-    return [sys.executable, "-m", "qnext.cli.main", "train", str(file), "--resume"]
+def has_reached(folder, step):
+    """Whether a run that is still writing has logged this step; its last line may be torn."""
+    log = Path(folder) / "log.jsonl"
+    return log.exists() and f'"train", "step": {step},' in log.read_text()
 
 
-def to_toml(table):
-    stages = table["stage"]
-    lines = [f"{k} = {inline(v)}" for k, v in table.items() if k != "stage"]
-    lines.append(f"stage = [{', '.join(map(inline, stages))}]")
-    return "\n".join(lines) + "\n"
-
-
-def inline(value):
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {inline(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
-
-
-def start(table, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(table, tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+def start(table):
+    """A process of its own, forked from a server that has imported torch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qnext.train.loop"])
+    process = context.Process(target=resume_run, args=(table,))
+    process.start()
+    return process
 
 
 def kill_when(process, condition):
     """kill -9 the process as soon as condition() holds; False when it ended before."""
-    while process.poll() is None:
+    while process.is_alive():
         if condition():
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
+            process.join()
             return True
         time.sleep(0.0005)
     return False
@@ -132,24 +116,50 @@ def test_a_killed_run_goes_on_bit_by_bit(shards, tmp_path):
     table = run_table(shards, killed)
     checkpoints = killed / "checkpoints"
     points = [
-        # Inside the first save, between two saves, inside the save of the second stage.
+        # Inside the first save, between two saves, inside a save of the second stage.
         lambda: any(checkpoints.glob(".partial_*/*")),
-        lambda: any(r["step"] >= 8 for r in records(killed, "train")),
+        lambda: has_reached(killed, 8),
         lambda: any(checkpoints.glob(".partial_0000001*")),
+        lambda: has_reached(killed, 14),
     ]
-    num_killed = 0
-    for point in points:
-        process = start(table, tmp_path)
-        num_killed += kill_when(
-            process, lambda point=point: (killed / "log.jsonl").exists() and point()
-        )
-    assert num_killed == len(points)
-    process = start(table, tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
+    num_killed = sum(kill_when(start(table), point) for point in points)
+    assert num_killed >= 3
+    last = start(table)
+    last.join()
+    assert last.exitcode == 0
     assert weights_bytes(killed) == expected
     steps = [record["step"] for record in records(killed, "train")]
     assert steps == sorted(set(steps))
+
+
+def to_toml(table):
+    def inline(value):
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k} = {inline(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(inline, value))}]"
+        return json.dumps(value)
+
+    return "".join(f"{key} = {inline(value)}\n" for key, value in table.items())
+
+
+def test_the_command_trains_and_the_result_can_be_measured(shards, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(run_table(shards, tmp_path / "run")))
+    arguments = ["train", str(file), "--quiet", "--set", "stage.0.tokens=256"]
+    assert main([*arguments, "--set", "max_minutes=1e-6"]) == 3
+    assert main([*arguments, "--resume"]) == 0
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    texts = write_jsonl(tmp_path / "val.jsonl", [{"text": "One two three."}] * 3)
+    model = str(tmp_path / "run/model")
+    assert main(["eval", model, "--bpb", texts, "--mtp", "--json", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["documents"] == 3
+    assert result["bits_per_byte"] > 1
+    assert 0 <= result["mtp_agreement"] <= 1
+    assert main(["eval", model, "--bpb", "nowhere.jsonl"]) == 2
+    assert "nowhere.jsonl" in capsys.readouterr().err
 
 
 def test_each_stage_brings_its_rope_base_and_ends_its_schedule(shards, tmp_path):

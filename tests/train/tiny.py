@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 
 from qnext.config.presets import preset
-from qnext.config.train import LossConfig, OptimConfig, RuntimeConfig
+from qnext.config.toml import from_table
+from qnext.config.train import LossConfig, OptimConfig, RuntimeConfig, TrainConfig
 from qnext.data.loader import PackedBatch
 from qnext.model.init import init_weights
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.train.batches import micro_batch
+from qnext.train.loop import Trainer
 from qnext.train.optim import TrainOptimizer
 from qnext.train.step import TrainStep
 
@@ -58,3 +60,8 @@ def random_micro(seed, seq_lens=(20, 12, 32), row_tokens=32, num_mtp_steps=1, vo
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab, (sum(seq_lens),), generator=generator)
     return micro_batch(packed(tokens, seq_lens, row_tokens, **kw), num_mtp_steps)
+
+
+def resume_run(table):
+    """Run in a process of its own, to be killed."""
+    Trainer(from_table(TrainConfig, table), resume=True).run()
