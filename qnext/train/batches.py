@@ -12,6 +12,9 @@ from qnext.data.loader import PackedBatch, PackedLoader
 from qnext.model.batch import ForwardBatch
 from qnext.train.step import MicroBatch, shifted_targets
 
+# cu_seqlens has room for this many documents at least: most batches then share one shape, and
+# compiled layers are compiled once.
+MIN_SEGMENTS = 512
 # Steps made ready ahead of the one that runs.
 NUM_AHEAD = 2
 
@@ -37,12 +40,12 @@ class StepInput:
 def micro_batch(packed: PackedBatch, num_mtp_steps: int) -> MicroBatch:
     """Turn the loader's batch into the model's, with its targets.
 
-    cu_seqlens is filled up to a power of two with empty sequences, so that the number of
-    documents, which differs from batch to batch, seldom changes a shape.
+    cu_seqlens is filled up to MIN_SEGMENTS, or else to a power of two, with empty sequences, so
+    that the number of documents, which differs from batch to batch, seldom changes a shape.
     """
     bounds = packed.cu_seqlens.long()
     num_tokens = packed.token_ids.numel()
-    size = 1 << max(0, bounds.numel() - 2).bit_length()
+    size = max(MIN_SEGMENTS, 1 << max(0, bounds.numel() - 2).bit_length())
     padded = torch.full((size + 1,), num_tokens, dtype=torch.int32)
     padded[: bounds.numel()] = packed.cu_seqlens
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
