@@ -11,12 +11,17 @@ import torch
 
 from qnext.config.generation import GenerationConfig
 from qnext.engine.engine import Engine
-from qnext.engine.request import Logprob, Request, RequestOutput, SamplingParams
+from qnext.engine.request import (
+    Logprob,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    check_drafts,
+)
 from qnext.engine.sampler import request_seed
 from qnext.engine.sizing import (
     PAGE_SIZE,
     PREFILL_CHUNK_TOKENS,
-    check_drafts,
     engine_options,
 )
 from qnext.engine.text import OutputText, TextSegment
@@ -90,7 +95,7 @@ class LLM:
         check_drafts(num_speculative_tokens)
         set_num_threads(num_threads)
         target = resolve_device(device)
-        folder = _checkpoint_folder(model)
+        folder = resolve_checkpoint(model)
         opened = Qwen3Next.from_pretrained(
             folder, dtype=_compute_dtype(dtype, target), device=target
         )
@@ -369,18 +374,6 @@ def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -
             f"{name} has {len(ids):,} tokens; max_model_len is {max_model_len:,}, which must hold "
             "the prompt and at least one token more"
         )
-
-
-def _checkpoint_folder(model: str | Path) -> Path:
-    try:
-        return resolve_checkpoint(model)
-    except ValueError:
-        if str(model) != "nano":
-            raise
-        raise ValueError(
-            "model 'nano' is not in this installation: qnext/assets/nano has no config.json; "
-            "give the folder of another checkpoint"
-        ) from None
 
 
 def _open_tokenizer(folder: Path) -> Tokenizer | None:

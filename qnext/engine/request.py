@@ -13,6 +13,7 @@ from qnext.engine.text import OutputText
 # Below this the largest logit has all the mass in float64, and 1/temperature would overflow.
 GREEDY_TEMPERATURE = 1e-5
 MAX_SEED = 2**64 - 1
+MAX_DRAFTS = 16  # of a window
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,24 @@ def _require_integer(name: str, value: object, low: int, high: int | None = None
         return
     limit = f"at least {low}" if high is None else f"{low} to {high}"
     raise ValueError(f"{name} is {value!r}; want an integer, {limit}")
+
+
+def check_drafts(num_speculative_tokens: int | str) -> None:
+    """Refuse a number of drafts that no model could serve.
+
+    Raises:
+        ValueError: neither "auto" nor an integer in range.
+    """
+    is_count = isinstance(num_speculative_tokens, int) and not isinstance(
+        num_speculative_tokens, bool
+    )
+    if num_speculative_tokens == "auto":
+        return
+    if not is_count or not 0 <= int(num_speculative_tokens) <= MAX_DRAFTS:
+        raise ValueError(
+            f"num_speculative_tokens is {num_speculative_tokens!r}; "
+            f'want "auto" or an integer, 0 to {MAX_DRAFTS}'
+        )
 
 
 @dataclass(frozen=True)

@@ -4,36 +4,18 @@ import torch
 
 from qnext.config.model import ModelConfig
 from qnext.engine.engine import EngineOptions
+from qnext.engine.request import check_drafts
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.log import get_logger, log_once
 
 PREFILL_CHUNK_TOKENS = 512
 PAGE_SIZE = 64
-MAX_DRAFTS = 16
 AUTO_MAX_DRAFTS = 4
 DEFAULT_MAX_SEQS = {"cpu": 8, "cuda": 32}
 CPU_CACHE_BYTES = 1 << 30
 GPU_CACHE_SHARE = 0.6  # of the memory that is free once the weights are there
 
 _logger = get_logger(__name__)
-
-
-def check_drafts(num_speculative_tokens: int | str) -> None:
-    """Refuse a number of drafts that no model could serve.
-
-    Raises:
-        ValueError: neither "auto" nor an integer in range.
-    """
-    is_count = isinstance(num_speculative_tokens, int) and not isinstance(
-        num_speculative_tokens, bool
-    )
-    if num_speculative_tokens == "auto":
-        return
-    if not is_count or not 0 <= int(num_speculative_tokens) <= MAX_DRAFTS:
-        raise ValueError(
-            f"num_speculative_tokens is {num_speculative_tokens!r}; "
-            f'want "auto" or an integer, 0 to {MAX_DRAFTS}'
-        )
 
 
 def engine_options(
