@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
     from qnext.config.toml import load_toml
     from qnext.config.train import TrainConfig
+    from qnext.data.sources import expand_path
 
     config = load_toml(args.config, TrainConfig, args.overrides)
-    manifest = Path(config.data.shards) / "manifest.json"
+    manifest = Path(expand_path(config.data.shards)) / "manifest.json"
     if not manifest.is_file():
         raise ValueError(f"data.shards: {manifest} does not exist; `qnext data prepare` writes it")
     if config.runtime.deterministic:

@@ -60,6 +60,8 @@ class StageConfig:
     """Tokens of one forward and backward pass; a multiple of context. None: batch_tokens."""
     rope_theta: float | None = None
     """Base of the rotary frequencies from this stage on. None: as before."""
+    mtp_weight: float | None = None
+    """loss.mtp_weight of this stage. None: the run's."""
     time_budget_minutes: float | None = None
     """The schedule follows the larger of tokens / tokens asked for and time / this budget, so that
     a slow machine still reaches the end of the decay. None: tokens alone."""
@@ -100,6 +102,8 @@ class StageConfig:
             self.batch_tokens,
             f"a multiple of micro_batch_tokens = {self.micro_tokens}",
         )
+        if self.mtp_weight is not None:
+            _require(self.mtp_weight >= 0, where + "mtp_weight", self.mtp_weight, ">= 0")
         if self.rope_theta is not None:
             _require(self.rope_theta > 0, where + "rope_theta", self.rope_theta, "> 0")
         if self.time_budget_minutes is not None:
@@ -130,7 +134,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The prepared shards and the tokenizer that made them."""
+    """The prepared shards and the tokenizer that made them.
+
+    In these paths, in output and in model.path, ~ and $NAME (an environment variable) are replaced.
+    """
 
     shards: str
     """Folder written by `qnext data prepare`: one folder per source."""
@@ -273,5 +280,8 @@ class TrainConfig:
         _require(bool(self.stage), "stage", self.stage, "at least one [[stage]]")
         names = [stage.name for stage in self.stage]
         _require(len(set(names)) == len(names), "stage.name", names, "different for each stage")
+        if self.runtime.compile and self.runtime.dtype != "bfloat16":
+            dtype = self.runtime.dtype
+            raise ValueError(f"runtime.dtype = {dtype!r}: runtime.compile needs 'bfloat16'")
         if self.max_minutes is not None:
             _require(self.max_minutes > 0, "max_minutes", self.max_minutes, "> 0")

@@ -10,9 +10,9 @@ from qnext.config.model import ModelConfig
 from qnext.config.presets import PRESETS, preset
 from qnext.config.train import ModelSource, TrainConfig
 from qnext.data.shards import ShardSet
+from qnext.data.sources import expand_path
 from qnext.io.hf_config import copy_companions, read_model_config
 from qnext.model.init import init_weights
-from qnext.model.moe import MixtureOfExperts
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.model.rope import RotaryTable
 from qnext.runtime.seed import derive_seed
@@ -28,7 +28,9 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device)
     """
     source = config.model
     if source.path is not None:
-        model = Qwen3Next.from_pretrained(source.path, dtype=torch.float32, device=device)
+        model = Qwen3Next.from_pretrained(
+            expand_path(source.path), dtype=torch.float32, device=device
+        )
     else:
         model_config = _named_config(source)
         ends = tokenizer.eos_token_ids
@@ -54,7 +56,7 @@ def build_model(config: TrainConfig, tokenizer: Tokenizer, device: torch.device)
 
 def _named_config(source: ModelSource) -> ModelConfig:
     assert source.preset is not None, source
-    folder = Path(source.preset)
+    folder = Path(expand_path(source.preset))
     is_folder = source.preset not in PRESETS and folder.is_dir()
     config = read_model_config(folder) if is_folder else preset(source.preset)
     known = {entry.name for entry in fields(ModelConfig)} - {"rope", "layer_types"}
@@ -76,7 +78,7 @@ def tokenizer_folder(config: TrainConfig, shards: ShardSet) -> Path:
         ValueError: it is not the tokenizer that made the shards.
     """
     named = config.data.tokenizer
-    folder = Path(named) if named is not None else shards.tokenizer_path
+    folder = Path(expand_path(named)) if named is not None else shards.tokenizer_path
     if load_tokenizer(folder).sha256 != shards.tokenizer_sha256:
         raise ValueError(
             f"data.tokenizer {folder} is not the one that made the shards in {shards.folder}: "
@@ -89,30 +91,6 @@ def set_rope_theta(model: Qwen3Next, theta: float) -> None:
     """Give the model another base of its rotary frequencies; no weight changes."""
     model.config = replace(model.config, rope=replace(model.config.rope, theta=theta))
     model.rotary_table = RotaryTable(model.config)
-
-
-def train_flops_per_token(model: Qwen3Next, context: int) -> float:
-    """Return the floating-point operations of one trained token, forward and backward.
-
-    6 per active parameter (the head counted, the embedding's look-up not) and 6 Hq D per attended
-    token and layer for each of scores and read-out, with (context + 1) / 2 attended on average.
-    The DeltaNet's state, recomputation and the MTP head are not counted.
-
-    Args:
-        context: tokens of one row; shorter documents attend to less and are not told apart.
-    """
-    config = model.config
-    active = config.vocab_size * config.hidden_size
-    for layer in model.layers:
-        for param in layer.parameters():
-            active += param.numel()
-        mlp = layer.mlp
-        if isinstance(mlp, MixtureOfExperts):
-            routed = mlp.experts_gate_up.numel() + mlp.experts_down.numel()
-            active -= round(routed * (1 - mlp.top_k / config.num_experts))
-    attended = (context + 1) / 2
-    width = config.num_attention_heads * config.head_dim
-    return 6 * active + 12 * width * attended * config.num_attention_layers
 
 
 def export_model(model: Qwen3Next, tokenizer_from: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -18,7 +18,9 @@ from qnext.config.toml import to_table
 from qnext.config.train import StageConfig, TrainConfig
 from qnext.data.loader import PackedLoader
 from qnext.data.shards import open_shards
+from qnext.data.sources import expand_path
 from qnext.eval.loss import read_texts, score_texts
+from qnext.model.accounting import training_flops_per_token
 from qnext.runtime.device import resolve_device, set_num_threads
 from qnext.runtime.log import get_logger
 from qnext.runtime.seed import derive_seed, seed_everything
@@ -29,7 +31,6 @@ from qnext.train.build import (
     export_model,
     set_rope_theta,
     tokenizer_folder,
-    train_flops_per_token,
 )
 from qnext.train.checkpoint import (
     TrainingState,
@@ -74,18 +75,18 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, resume: bool) -> None:
         self.config = config
-        self.folder = Path(config.output)
+        self.folder = Path(expand_path(config.output))
         latest = find_latest(self.folder / "checkpoints")
         if latest is not None and not resume:
             raise ValueError(f"output {self.folder} holds a run ({latest.name}): pass --resume")
         self.device = resolve_device(config.runtime.device)
         _prepare_torch(config, self.device)
-        self.shards = open_shards(config.data.shards)
+        self.shards = open_shards(expand_path(config.data.shards))
         self.tokenizer_folder = tokenizer_folder(config, self.shards)
         self.tokenizer = load_tokenizer(self.tokenizer_folder)
         max_documents = config.data.max_validation_documents
         self.validation = {
-            domain: read_texts(path, max_documents)
+            domain: read_texts(expand_path(path), max_documents)
             for domain, path in config.data.validation.items()
         }
         self.model = build_model(config, self.tokenizer, self.device)
@@ -135,6 +136,8 @@ class Trainer:
         counters, config = self.counters, self.config
         if stage.rope_theta is not None:
             set_rope_theta(self.model, stage.rope_theta)
+        weight = config.loss.mtp_weight if stage.mtp_weight is None else stage.mtp_weight
+        self.train_step.loss = replace(config.loss, mtp_weight=weight)
         loader = PackedLoader(
             self.shards,
             stage.mixture,
@@ -236,7 +239,7 @@ class Trainer:
         loss, mtp_loss, balance, _, grad_norm, _ = shown.mean(0).tolist()
         rate = self.clock.tokens_per_second()
         peak = peak_flops(self.device)
-        flops = rate * train_flops_per_token(self.model, stage.context)
+        flops = rate * training_flops_per_token(self.model.config, stage.context)
         record = {
             "stage": stage.name,
             "tokens": self.counters.tokens,

@@ -151,7 +151,6 @@ class TrainStep:
         self.model = model
         self.optimizer = optimizer
         self.loss = loss
-        self.num_mtp_steps = loss.mtp_steps if model.mtp is not None and loss.mtp_weight else 0
         weight = loss.balance_weight
         self.balance_weight = model.config.router_aux_loss_coef if weight is None else weight
         self.compute_dtype = torch.bfloat16 if runtime.dtype == "bfloat16" else None
@@ -160,6 +159,12 @@ class TrainStep:
         self.expert_counts: Tensor | None = None
         self.mean_probs: Tensor | None = None
         self.router_entropy: Tensor | None = None
+
+    @property
+    def num_mtp_steps(self) -> int:
+        """MTP steps that are trained; 0 without a head or with a weight of 0."""
+        has_mtp = self.model.mtp is not None and self.loss.mtp_weight > 0
+        return self.loss.mtp_steps if has_mtp else 0
 
     @contextmanager
     def training_mode(self) -> Iterator[None]:
