@@ -25,8 +25,8 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
         return path
     if path.exists():
         raise ValueError(f"{path} is a file: the folder that holds {CONFIG_NAME} is allowed here")
-    shipped = _ASSETS / str(name)
-    if re.fullmatch(r"[\w-]+", str(name)) and (shipped / CONFIG_NAME).is_file():
+    shipped = shipped_folder(str(name))
+    if shipped is not None:
         return shipped
     if not _HUB_ID.fullmatch(str(name)):
         raise ValueError(
@@ -34,6 +34,13 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
             "form organisation/model"
         )
     return _download(str(name), with_weights)
+
+
+def shipped_folder(name: str) -> Path | None:
+    """Returns the folder of a model that comes with the package, None where none has the name."""
+    folder = _ASSETS / name
+    is_name = re.fullmatch(r"[\w-]+", name) is not None
+    return folder if is_name and (folder / CONFIG_NAME).is_file() else None
 
 
 def _download(name: str, with_weights: bool) -> Path:
