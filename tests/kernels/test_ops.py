@@ -14,8 +14,8 @@ from qnext.kernels.experts.torch import experts_torch, supports
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.paged_attention.torch import paged_attention_torch
-from qnext.kernels.router.reference import router_reference
 from qnext.kernels.rotary.reference import rotary_reference
+from qnext.kernels.router.reference import router_reference
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 50])

@@ -1,5 +1,7 @@
 """Causal attention over packed sequences through PyTorch's fused kernels."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 
@@ -32,8 +34,10 @@ def attention_torch(
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         if end == start:
             continue
-        heads = [part[start:end].transpose(0, 1)[None] for part in (q, k, v)]  # [1, H, L, D]
-        out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
+        query, key, value = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))  # [1, H, L, D]
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -52,5 +56,5 @@ def _varlen(
     # Older releases have no grouped heads here; two or four copies of few heads cost little.
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    out: torch.Tensor = varlen_attn(q, k, v, *bounds, scale=scale, window_size=(-1, 0))
-    return out
+    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=(-1, 0))
+    return cast(torch.Tensor, out)  # a pair only when auxiliary outputs are asked for
