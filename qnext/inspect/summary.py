@@ -21,7 +21,7 @@ from qnext.io.names import (
     has_mtp_tensors,
     mixture_prefixes,
 )
-from qnext.io.shards import has_weights, read_entries
+from qnext.io.shards import INDEX_NAME, has_weights, read_entries, read_weight_map
 from qnext.model.accounting import (
     DTYPE_BYTES,
     ParameterCounts,
@@ -140,9 +140,9 @@ def summarise(name: str, context: int | None = None) -> ModelSummary:
     if is_folder or name not in PRESETS:
         folder = resolve_checkpoint(name, with_weights=False)
     config = preset(name) if folder is None else read_model_config(folder)
-    has_files = folder is not None and has_weights(folder)
+    has_files = folder is not None and is_folder and has_weights(folder)
     entries = read_entries(folder) if folder is not None and has_files else {}
-    has_mtp = has_mtp_tensors(entries) if has_files else True
+    has_mtp = has_mtp_tensors(entries) if has_files else _names_mtp(folder)
     expected = expected_shapes(config, entries, has_mtp=has_mtp)
     found = {tensor: entry.shape for tensor, entry in entries.items()}
     return ModelSummary(
@@ -212,6 +212,12 @@ def repeated_blocks(config: ModelConfig) -> tuple[int, list[Block]]:
         blocks.append(Block(block.first_layer, taken, block.is_attention, block.is_moe))
         covered += taken
     return num_layers // period, blocks
+
+
+def _names_mtp(folder: Path | None) -> bool:
+    """Whether an index, fetched without its shards, names an MTP head; without one, yes."""
+    index = None if folder is None else folder / INDEX_NAME
+    return index is None or not index.is_file() or has_mtp_tensors(read_weight_map(index))
 
 
 def _bytes_by_dtype(entries: Mapping[str, TensorEntry]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from qnext.cli.main import main
 from qnext.config.presets import PRESETS, preset
+from qnext.inspect import summary
 from qnext.inspect.html import render_page
 from qnext.inspect.names import compare_shapes, read_names
 from qnext.inspect.stack import headline, render
@@ -156,6 +157,16 @@ def test_a_config_without_weights_is_enough(qnext_data, capsys):
     text = capsys.readouterr().out
     assert "Quantised by 'fp8'" in text
     assert "81,324,862,720" in text
+
+
+@pytest.mark.parametrize("name,has_mtp", [("mtp.norm.weight", True), ("model.norm.weight", False)])
+def test_a_hub_model_is_shown_from_its_config_and_index(tmp_path, monkeypatch, name, has_mtp):
+    write_model_config(tmp_path, SMALL)
+    index = {"weight_map": {name: "model-00001-of-00041.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(summary, "resolve_checkpoint", lambda name, with_weights: tmp_path)
+    found = summarise("someone/something")
+    assert (found.has_mtp, found.stored_bytes) == (has_mtp, None)
 
 
 def test_json_holds_the_numbers(capsys):
