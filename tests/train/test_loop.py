@@ -106,14 +106,20 @@ def kill_when(process, condition):
     return False
 
 
-def test_a_killed_run_goes_on_bit_by_bit(shards, tmp_path):
-    _, outcome = train(run_table(shards, tmp_path / "whole"))
-    assert outcome == "finished"
+GPU_RUNTIME = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_killed_run_goes_on_bit_by_bit(shards, tmp_path, device):
+    runtime = {} if device == "cpu" else {"runtime": GPU_RUNTIME}
+    whole = start(run_table(shards, tmp_path / "whole", **runtime))
+    whole.join()
+    assert whole.exitcode == 0
     expected = weights_bytes(tmp_path / "whole")
     assert expected
 
     killed = tmp_path / "killed"
-    table = run_table(shards, killed)
+    table = run_table(shards, killed, **runtime)
     checkpoints = killed / "checkpoints"
     points = [
         # Inside the first save, between two saves, inside a save of the second stage.

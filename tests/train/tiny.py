@@ -1,5 +1,6 @@
 """A model of a few thousand weights beside its embedding, and runs of it."""
 
+import os
 from dataclasses import replace
 
 import torch
@@ -64,4 +65,5 @@ def random_micro(seed, seq_lens=(20, 12, 32), row_tokens=32, num_mtp_steps=1, vo
 
 def resume_run(table):
     """Run in a process of its own, to be killed."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read where deterministic is on
     Trainer(from_table(TrainConfig, table), resume=True).run()

@@ -49,7 +49,8 @@ def gated_delta_rule_torch(
     outputs, finals = [], []
     for seq_idx, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         segment = torch.zeros(end - start, dtype=torch.int64, device=v.device)
-        parts = [part[start:end] for part in (q, k, v, g, beta)]
+        own = slice(start, end)
+        parts = (q[own], k[own], v[own], g[own], beta[own])
         out, final = _rows(*parts, segment, initial_state[seq_idx], None)
         outputs.append(out)
         finals.append(final)
@@ -146,7 +147,7 @@ def _decay(g: torch.Tensor, seg: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     to 64 x 50 would leave differences of slow tokens with too few bits in fp32, hence a second
     word of the sum.
     """
-    exact = g.double().cumsum(-1)
+    exact = _running_sum(g.double())
     high = exact.to(g.dtype)
     low = (exact - high).to(g.dtype)
     difference = (high[..., :, None] - high[..., None, :]) + (low[..., :, None] - low[..., None, :])
@@ -154,6 +155,13 @@ def _decay(g: torch.Tensor, seg: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     causal = torch.ones(size, size, dtype=torch.bool, device=g.device).tril()
     visible = causal & (seg[..., :, None] == seg[..., None, :])
     return high, difference.masked_fill(~visible, -torch.inf).exp()
+
+
+def _running_sum(x: torch.Tensor) -> torch.Tensor:
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # torch's own has no fixed order there; a product with ones does.
+        return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
+    return x.cumsum(-1)
 
 
 def _exp_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
