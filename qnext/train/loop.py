@@ -56,7 +56,7 @@ class Counters:
     step: int = 0
     tokens: int = 0
     stage_idx: int = 0
-    stage_step: int = 0
+    stage_tokens: int = 0
     stage_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -172,8 +172,8 @@ class Trainer:
         return True
 
     def _is_stage_over(self, stage: StageConfig) -> bool:
-        done = self.counters.stage_step * stage.batch_tokens
-        return stage_progress(stage, done, self.counters.stage_seconds) >= 1
+        counters = self.counters
+        return stage_progress(stage, counters.stage_tokens, counters.stage_seconds) >= 1
 
     def _must_stop(self) -> bool:
         limit = self.config.max_minutes
@@ -183,7 +183,7 @@ class Trainer:
     def _step(self, stage: StageConfig, step_input: StepInput) -> None:
         counters = self.counters
         # The middle of the step: neither the first nor the last is made with a rate of 0.
-        middle = int((counters.stage_step + 0.5) * stage.batch_tokens)
+        middle = counters.stage_tokens + stage.batch_tokens // 2
         scale = lr_scale(stage.schedule, stage_progress(stage, middle, counters.stage_seconds))
         schedule = stage.schedule
         muon_lr = schedule.lr if schedule.muon_lr is None else schedule.muon_lr
@@ -191,7 +191,7 @@ class Trainer:
         micro_batches = [micro.to(self.device) for micro in step_input.micro_batches]
         metrics = self.train_step.run(micro_batches)
         counters.step += 1
-        counters.stage_step += 1
+        counters.stage_tokens += stage.batch_tokens
         counters.tokens += stage.batch_tokens
         self.clock.add(stage.batch_tokens)
         self.loader_state = step_input.loader_state
@@ -277,8 +277,7 @@ class Trainer:
     def _log_routing(self) -> None:
         routing = self.train_step.take_routing()
         if routing is not None:
-            counts, mean_probs = (tensor.cpu() for tensor in routing)
-            report = routing_report(counts, mean_probs)
+            report = routing_report(*(tensor.cpu() for tensor in routing))
             values = {
                 name: {f"layer_{idx}": value for idx, value in enumerate(column)}
                 for name, column in report.items()
@@ -317,7 +316,7 @@ class Trainer:
         if self.counters.step % max(1, self.config.log.eval_every_steps):
             self._evaluate()
         self.counters.stage_idx += 1
-        self.counters.stage_step = 0
+        self.counters.stage_tokens = 0
         self.counters.stage_seconds = 0.0
         self.loader_state = None
         is_last = self.counters.stage_idx == len(self.config.stage)

@@ -125,30 +125,32 @@ def _scalars(prefix: str, values: Mapping[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
-def routing_report(counts: Tensor, mean_probs: Tensor) -> dict[str, list[float]]:
+def routing_report(
+    counts: Tensor, mean_probs: Tensor, token_entropy: Tensor
+) -> dict[str, list[float]]:
     """Describe how each layer's router spreads tokens.
 
     Args:
         counts: (token, slot) pairs sent to each expert since the last report. [L, E]
         mean_probs: mean of the router's softmax over the last step. [L, E]
+        token_entropy: mean entropy of one token's softmax, in nats. [L]
 
     Returns:
         Per layer: `max_load` (busiest expert over the mean, 1 = balanced), `entropy` of the load
-        as a share of log E, `prob_entropy` likewise of the mean probabilities, `dead_experts`
-        (those that got nothing), `balance` (E sum f p, 1 = balanced).
+        as a share of log E, `token_entropy` likewise of one token's softmax (low: the router is
+        sure), `dead_experts` (those that got nothing), `balance` (E sum f p, 1 = balanced).
     """
-    counts, mean_probs = counts.double(), mean_probs.double()
+    counts, mean_probs, token_entropy = (
+        tensor.double() for tensor in (counts, mean_probs, token_entropy)
+    )
     num_experts = counts.size(1)
     load = counts / counts.sum(1, keepdim=True).clamp(min=1)
     log_experts = math.log(num_experts) if num_experts > 1 else 1.0
 
-    def entropy(share: Tensor) -> list[float]:
-        return [float(x) for x in torch.special.entr(share).sum(1) / log_experts]
-
     return {
         "max_load": [float(x) for x in load.max(1).values * num_experts],
-        "entropy": entropy(load),
-        "prob_entropy": entropy(mean_probs),
+        "entropy": [float(x) for x in torch.special.entr(load).sum(1) / log_experts],
+        "token_entropy": [float(x) for x in token_entropy / log_experts],
         "dead_experts": [float(x) for x in (counts == 0).sum(1)],
         "balance": [float(x) for x in (load * mean_probs).sum(1) * num_experts],
     }

@@ -158,7 +158,7 @@ class TrainStep:
         # Pairs per expert since the last routing report, and the last step's mean probabilities.
         self.expert_counts: Tensor | None = None
         self.mean_probs: Tensor | None = None
-        self.router_entropy: Tensor | None = None
+        self.token_entropy: Tensor | None = None
 
     @property
     def num_mtp_steps(self) -> int:
@@ -249,7 +249,7 @@ class TrainStep:
         losses = [loss, mtp_loss, torch.zeros_like(loss), total]
         if not stats:
             return losses, None, None
-        self.router_entropy = torch.stack([layer.entropy_mean.detach() for layer in stats])
+        self.token_entropy = torch.stack([layer.entropy_mean.detach() for layer in stats])
         mean_probs = torch.stack([layer.prob_mean for layer in stats])
         return losses, mean_probs, torch.stack([layer.counts.detach() for layer in stats])
 
@@ -278,15 +278,17 @@ class TrainStep:
         self.expert_counts = counts if before is None else before + counts
         self.mean_probs = mean_probs.detach()
 
-    def take_routing(self) -> tuple[Tensor, Tensor] | None:
-        """Return counts since the last call and the last mean probabilities, both [L, E].
+    def take_routing(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return what `monitor.routing_report` reads; None for a model without routers.
 
-        None for a model without routers. The MTP layer's rows come last.
+        Counts since the last call [L, E], and of the last micro-batch the mean probabilities
+        [L, E] and the mean entropy of a token's probabilities, in nats [L]. The MTP layer's rows
+        come last.
         """
-        if self.expert_counts is None or self.mean_probs is None:
+        if self.expert_counts is None or self.mean_probs is None or self.token_entropy is None:
             return None
         counts, self.expert_counts = self.expert_counts, None
-        return counts, self.mean_probs
+        return counts, self.mean_probs, self.token_entropy
 
 
 def _wrapped_forwards(model: Qwen3Next, runtime: RuntimeConfig) -> list[tuple[Any, Any]]:
