@@ -2,8 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 DEFAULT_OUTPUT_HELP = "folder to write"
 
@@ -29,14 +27,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     prepare.add_argument("--output", help=DEFAULT_OUTPUT_HELP)
 
     tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE vocabulary")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, help="entries in all")
-    tokenizer.add_argument("--input", action="append", required=True, metavar="FILE", dest="inputs")
+    tokenizer.add_argument("config", nargs="?", help="TOML file with [[source]] samples")
+    tokenizer.add_argument("--vocab-size", type=int, help="entries in all")
+    tokenizer.add_argument("--input", action="append", default=[], metavar="FILE", dest="inputs")
     tokenizer.add_argument("--text-key", default="text", help="key of the text in a record")
     tokenizer.add_argument(
-        "--max-bytes", type=int, metavar="N", help="read at most about N bytes of each input"
+        "--max-bytes", type=int, metavar="N", help="read at most N bytes of each file"
     )
     tokenizer.add_argument("--chat-template", metavar="FILE", help="Jinja file to put beside it")
-    tokenizer.add_argument("--output", required=True, help=DEFAULT_OUTPUT_HELP)
+    tokenizer.add_argument("--output", help=DEFAULT_OUTPUT_HELP)
 
     inspect = commands.add_parser("inspect", help="show the manifest of prepared shards")
     inspect.add_argument("folder")
@@ -93,28 +92,24 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(args: argparse.Namespace) -> int:
-    from qnext.data.sources import RecordFormat, find_files, read_documents
-    from qnext.tokenizer.bpe import save_trained, train_bpe
+    from qnext.config.toml import load_toml
+    from qnext.data.vocabulary import SampleConfig, VocabularyConfig, train_vocabulary
 
-    record_format = RecordFormat(text_key=args.text_key)
-
-    def texts() -> Iterator[str]:
-        for pattern in args.inputs:
-            passed = 0
-            for file in find_files(pattern):
-                for document in read_documents(file, record_format):
-                    if args.max_bytes is not None and passed >= args.max_bytes:
-                        break
-                    text = document.text or ""
-                    passed += len(text.encode())
-                    yield text
-
-    template = None
-    if args.chat_template:
-        template = Path(args.chat_template).read_text(encoding="utf-8")
-    trained = train_bpe(texts(), args.vocab_size, show_progress=sys.stderr.isatty())
-    save_trained(trained, args.output, chat_template=template)
-    print(f"wrote {args.output}: {trained.get_vocab_size():,} entries")
+    if bool(args.config) == bool(args.inputs):
+        raise ValueError("give either a CONFIG.toml or --input, --vocab-size and --output")
+    if args.config:
+        given = {"vocab_size": args.vocab_size, "output": args.output}
+        given["chat_template"] = args.chat_template
+        settings = [f"{name}={value}" for name, value in given.items() if value is not None]
+        config = load_toml(args.config, VocabularyConfig, settings)
+    else:
+        for name in ("vocab_size", "output"):
+            if getattr(args, name) is None:
+                raise ValueError(f"--{name.replace('_', '-')} is missing: --input needs it")
+        sample = SampleConfig(tuple(args.inputs), text_key=args.text_key, max_bytes=args.max_bytes)
+        config = VocabularyConfig(args.vocab_size, args.output, (sample,), args.chat_template)
+    folder = train_vocabulary(config, show_progress=sys.stderr.isatty())
+    print(f"wrote {folder}: {config.vocab_size:,} entries")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,11 @@ class Exercise:
     answer: str
     result: str
     """The part of the answer that must be right: a number or a word."""
+
+    def is_right(self, text: str) -> bool:
+        """Whether an answer gives the result, behind its last equals sign if it has one."""
+        said = text.rpartition("=")[2]
+        return re.search(rf"(?<![\w,.-]){re.escape(self.result)}(?!\w|, \w)", said) is not None
 
 
 def _number(rng: random.Random) -> int:

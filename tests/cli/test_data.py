@@ -47,6 +47,12 @@ def test_a_vocabulary_is_trained_and_saved(corpus, tmp_path, capsys):
     assert main(["data", "tokenizer", "--input", corpus, *options]) == 0
     assert "280 entries" in capsys.readouterr().out
     assert (tmp_path / "tok/chat_template.jinja").read_text() == template.read_text()
+    config = tmp_path / "v.toml"
+    output = tmp_path / "again"
+    config.write_text(f'vocab_size = 280\noutput = "{output}"\n[[source]]\ninputs = ["{corpus}"]\n')
+    assert main(["data", "tokenizer", str(config)]) == 0
+    same = [(folder / "tokenizer.json").read_bytes() for folder in (output, tmp_path / "tok")]
+    assert same[0] == same[1]
 
 
 def test_mistakes_are_one_line(corpus, tmp_path, capsys):
@@ -54,6 +60,8 @@ def test_mistakes_are_one_line(corpus, tmp_path, capsys):
     assert "give either a CONFIG.toml or --input" in capsys.readouterr().err
     assert main(["data", "prepare", "--input", corpus, "--output", "x"]) == 2
     assert "--tokenizer is missing" in capsys.readouterr().err
+    assert main(["data", "tokenizer", "--input", corpus, "--output", "x"]) == 2
+    assert "--vocab-size is missing" in capsys.readouterr().err
     assert main(["data", "inspect", str(tmp_path)]) == 2
     assert "has no manifest.json" in capsys.readouterr().err
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from qnext.data.arithmetic import conversations, exercises, split_of
+from qnext.data.arithmetic import Exercise, conversations, exercises, split_of
 
 SIGNS = {
     "+": lambda a, b: a + b,
@@ -37,6 +37,16 @@ def test_every_equation_is_true_and_holds_the_result():
             assert SIGNS[sign](int(a), int(b)) == int(result) == int(exercise.result)
             assert a in exercise.question and b in exercise.question
     assert seen == set(SIGNS)
+
+
+def test_answers_are_judged_by_their_result():
+    for exercise in exercises(500, 2, "held_out"):
+        assert exercise.is_right(exercise.answer)
+        assert not exercise.is_right("")
+        assert not exercise.is_right(exercise.answer.replace(exercise.result, "1" + "0" * 9))
+    assert Exercise("", "", "", "19").is_right("12 + 7 = 19.")
+    assert not Exercise("", "", "", "19").is_right("12 + 7 = 195")
+    assert not Exercise("", "", "", "12").is_right("12 + 7 = 19")
 
 
 def test_conversations_alternate_and_end_with_the_assistant():
