@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +65,6 @@ class PackedBatch:
         for segment in self.segments:
             counts[segment.source] += segment.length
         return dict(counts)
-
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch with its tensors on a device; copies to a GPU do not wait."""
-        if torch.device(device).type != "cuda":
-            moved = [
-                tensor.to(device) for tensor in (self.token_ids, self.loss_mask, self.cu_seqlens)
-            ]
-        else:
-            moved = [
-                tensor.pin_memory().to(device, non_blocking=True)
-                for tensor in (self.token_ids, self.loss_mask, self.cu_seqlens)
-            ]
-        return replace(self, token_ids=moved[0], loss_mask=moved[1], cu_seqlens=moved[2])
 
 
 class PackedLoader:

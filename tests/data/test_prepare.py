@@ -74,6 +74,21 @@ def test_duplicates_are_dropped_across_sources_and_counted(tmp_path):
     assert counts == [(1, 1), (1, 1)]
 
 
+def test_near_duplicates_are_dropped_when_asked_for(tmp_path):
+    pytest.importorskip("datasketch")
+    text = " ".join(f"word{i}" for i in range(200))
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": text}, {"text": f"{text} end"}])
+    for is_near, expected in ((False, (2, 0)), (True, (1, 1))):
+        config = PrepareConfig(
+            tokenizer=str(NANO),
+            output=str(tmp_path / f"near {is_near}"),
+            source=(SourceConfig("a", (file,)),),
+            near_dedup=is_near,
+        )
+        entry = open_shards(prepare(config, lambda line: None)).manifest["sources"][0]
+        assert (entry["documents"], entry["dropped_near"]) == expected
+
+
 def test_control_tokens_in_documents_stay_text(tmp_path, nano):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a<|endoftext|>b"}])
     source = SourceConfig("a", (file,))
