@@ -1,6 +1,7 @@
 """Options that `generate` and `chat` share: the model, the sampling, and early refusals."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,9 @@ def open_model(args: argparse.Namespace) -> "LLM":
     from qnext.engine.llm import LLM
     from qnext.runtime.log import setup_logging
 
-    setup_logging()
+    # What the engine chose is shown; which kernel ran each op is `qnext doctor`'s to tell.
+    setup_logging(logging.WARNING)
+    logging.getLogger("qnext.engine").setLevel(logging.INFO)
     return LLM(
         folder,
         dtype=args.dtype,
