@@ -89,6 +89,11 @@ def test_a_chat_in_a_pipe_answers_each_line(checkpoint, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def heed_ctrl_c():
+    """Undo what a shell does to background jobs: a CI may have started us with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def in_terminal(*arguments):
     """Start a command on a terminal of its own. Returns (process, our end of it)."""
     ours, theirs = pty.openpty()
@@ -98,6 +103,7 @@ def in_terminal(*arguments):
         stdout=theirs,
         stderr=theirs,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "LINES": "20"},
+        preexec_fn=heed_ctrl_c,
     )
     os.close(theirs)
     return process, ours
@@ -159,6 +165,7 @@ def test_ctrl_c_in_a_pipe_gives_130_and_no_traceback(checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
