@@ -22,6 +22,7 @@ from qnext.kernels.gated_delta_rule import torch as delta_torch_module
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
 from qnext.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qnext.kernels.linear import torch as linear_torch_module
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.linear_cross_entropy import torch as linear_cross_entropy_torch_module
 from qnext.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
@@ -107,7 +108,7 @@ def _torch_kernel(module: Any, name: str) -> tuple[Kernel, ...]:
 rms_norm = Op("rms_norm", rms_norm_reference)
 gated_rms_norm = Op("gated_rms_norm", gated_rms_norm_reference)
 rotary = Op("rotary", rotary_reference)
-linear = Op("linear", linear_reference)
+linear = Op("linear", linear_reference, _torch_kernel(linear_torch_module, "linear"))
 linear_cross_entropy = Op(
     "linear_cross_entropy",
     linear_cross_entropy_reference,

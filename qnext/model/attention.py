@@ -7,6 +7,7 @@ from qnext.cache.hybrid import HybridCache
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
 from qnext.model.batch import ForwardBatch
+from qnext.model.linear import project
 from qnext.model.norm import RMSNorm
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -39,30 +40,27 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Parameter(torch.empty(config.hidden_size, query_size))
 
     def project(
-        self, x: torch.Tensor, rotation: Rotation, row_stable: bool
+        self, x: torch.Tensor, rotation: Rotation, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows to rotated heads: q [T, Hq, D], k and v [T, Hkv, D], gate [T, Hq * D]."""
-        fused = dispatch.linear(x, self.qkv_proj, row_stable=row_stable)
+        fused = project(x, self.qkv_proj, batch)
         q, gate, k, v = fused.split(self.sizes, dim=-1)
         q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim))
         k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim))
         v = v.reshape(-1, self.num_kv_heads, self.head_dim)
         return dispatch.rotary(q, *rotation), dispatch.rotary(k, *rotation), v, gate
 
-    def finish(self, heads: torch.Tensor, gate: torch.Tensor, row_stable: bool) -> torch.Tensor:
+    def finish(self, heads: torch.Tensor, gate: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """Gate the read-out and project it. heads: [T, Hq, D]; gate: [T, Hq * D]"""
         wide = torch.promote_types(heads.dtype, torch.float32)
         gated = heads.flatten(1).to(wide) * torch.sigmoid(gate.to(wide))
-        out: torch.Tensor = dispatch.linear(
-            gated.to(heads.dtype), self.o_proj, row_stable=row_stable
-        )
-        return out
+        return project(gated.to(heads.dtype), self.o_proj, batch)
 
     def forward(
         self, x: torch.Tensor, rotation: Rotation, batch: ForwardBatch, cache: HybridCache | None
     ) -> torch.Tensor:
         """Mix tokens. x: [T, C]; with a cache the new keys and values are written to it."""
-        q, k, v, gate = self.project(x, rotation, batch.row_stable)
+        q, k, v, gate = self.project(x, rotation, batch)
         if cache is None:
             heads = dispatch.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.scale)
         else:
@@ -80,4 +78,4 @@ class GatedAttention(nn.Module):
                 self.scale,
                 row_stable=batch.row_stable,
             )
-        return self.finish(heads, gate, batch.row_stable)
+        return self.finish(heads, gate, batch)

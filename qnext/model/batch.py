@@ -98,6 +98,11 @@ class ForwardBatch:
         """Whether every row's arithmetic must not depend on the other rows. See numerics.md."""
         return self.is_window and self.token_ids.device.type == "cpu"
 
+    @property
+    def num_rows(self) -> int:
+        """Tokens, without the rows that fill up a window."""
+        return self.token_ids.shape[0] if self.seq_lens is None else sum(self.seq_lens)
+
     @cached_property
     def state_slots(self) -> torch.Tensor:
         """DeltaNet slots of the sequences. [N], int64"""

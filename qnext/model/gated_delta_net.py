@@ -8,6 +8,7 @@ from qnext.cache.hybrid import HybridCache
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
 from qnext.model.batch import ForwardBatch
+from qnext.model.linear import project
 from qnext.model.norm import GatedRMSNorm
 
 L2_EPS = 1e-6
@@ -45,7 +46,7 @@ class GatedDeltaNet(nn.Module):
         self, x: torch.Tensor, batch: ForwardBatch, cache: HybridCache | None
     ) -> torch.Tensor:
         """Mix tokens. x: [T, C]; with a cache the states advance as the batch says."""
-        fused = dispatch.linear(x, self.in_proj, row_stable=batch.row_stable)
+        fused = project(x, self.in_proj, batch)
         mixed, z, b, a = fused.split(self.sizes, dim=-1)
         if cache is None:
             heads = self._packed(mixed, b, a, batch)
@@ -55,8 +56,7 @@ class GatedDeltaNet(nn.Module):
             heads = self._prefill(mixed, b, a, batch, cache)
         z = z.reshape(-1, self.num_value_heads, self.value_head_dim)
         gated = self.norm(heads, z).flatten(1)  # [T, Hv * V]
-        out: torch.Tensor = dispatch.linear(gated, self.out_proj, row_stable=batch.row_stable)
-        return out
+        return project(gated, self.out_proj, batch)
 
     def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Convolved channels [T, D] to q, k [T, Hk, K], normalised in fp32, and v [T, Hv, V]."""

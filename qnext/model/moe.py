@@ -9,6 +9,7 @@ from torch import nn
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
 from qnext.model.batch import ForwardBatch
+from qnext.model.linear import fill_rows, project
 
 
 class RouterStats(NamedTuple):
@@ -37,7 +38,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: ForwardBatch) -> tuple[torch.Tensor, None]:
         """Transform rows [T, C]; there are no router statistics."""
-        return _swiglu(x, self.gate_up_proj, self.down_proj, batch.row_stable), None
+        return _swiglu(x, self.gate_up_proj, self.down_proj, batch), None
 
 
 class MixtureOfExperts(nn.Module):
@@ -62,21 +63,23 @@ class MixtureOfExperts(nn.Module):
         self, x: torch.Tensor, batch: ForwardBatch
     ) -> tuple[torch.Tensor, RouterStats | None]:
         """Transform rows [T, C]; statistics are worked out when gradients are on."""
+        rows = x[: batch.num_rows] if batch.row_stable else x
         weights, ids, logits = dispatch.router(
-            x, self.gate, self.top_k, self.norm_topk_prob, row_stable=batch.row_stable
+            rows, self.gate, self.top_k, self.norm_topk_prob, row_stable=batch.row_stable
         )
         routed = dispatch.experts(
-            x,
+            rows,
             self.experts_gate_up,
             self.experts_down,
             weights,
             ids,
             row_stable=batch.row_stable,
         )
+        routed = fill_rows(routed, x.shape[0])
         if self.has_shared:
             wide = torch.promote_types(x.dtype, torch.float32)
-            gate = dispatch.linear(x, self.shared_expert_gate, row_stable=batch.row_stable)
-            shared = _swiglu(x, self.shared_gate_up, self.shared_down, batch.row_stable)
+            gate = project(x, self.shared_expert_gate, batch)
+            shared = _swiglu(x, self.shared_gate_up, self.shared_down, batch)
             mixed = routed.to(wide) + torch.sigmoid(gate.to(wide)) * shared.to(wide)
             routed = mixed.to(x.dtype)
         return routed, None if batch.cache_inputs is not None else _stats(logits, ids)
@@ -94,8 +97,7 @@ def _stats(logits: torch.Tensor, ids: torch.Tensor) -> RouterStats:
 
 
 def _swiglu(
-    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, row_stable: bool
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, batch: ForwardBatch
 ) -> torch.Tensor:
-    gate, up = dispatch.linear(x, gate_up, row_stable=row_stable).chunk(2, dim=-1)
-    out: torch.Tensor = dispatch.linear(F.silu(gate) * up, down, row_stable=row_stable)
-    return out
+    gate, up = project(x, gate_up, batch).chunk(2, dim=-1)
+    return project(F.silu(gate) * up, down, batch)

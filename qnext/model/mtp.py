@@ -10,6 +10,7 @@ from qnext.kernels import dispatch
 from qnext.model.attention import GatedAttention, Rotation
 from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
+from qnext.model.linear import project
 from qnext.model.moe import RouterStats
 from qnext.model.norm import RMSNorm
 from qnext.model.rope import RotaryTable
@@ -40,14 +41,11 @@ class MTPHead(nn.Module):
         self.norm = RMSNorm(size, eps)
 
     def combine(
-        self, embedded: torch.Tensor, hidden: torch.Tensor, row_stable: bool = False
+        self, embedded: torch.Tensor, hidden: torch.Tensor, batch: ForwardBatch
     ) -> torch.Tensor:
         """Join the next token's embedding [T, C] and the state [T, C], embedding first."""
         joined = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
-        out: torch.Tensor = dispatch.linear(
-            torch.cat(joined, dim=-1), self.fc, row_stable=row_stable
-        )
-        return out
+        return project(torch.cat(joined, dim=-1), self.fc, batch)
 
     def forward(
         self,
@@ -69,7 +67,7 @@ class MTPHead(nn.Module):
         Returns:
             State after the head's norm, which predicts and feeds the next step. [T, C]
         """
-        x = self.combine(embedded, hidden, batch.row_stable)
+        x = self.combine(embedded, hidden, batch)
         x, stats = self.layer(x, rotation, batch, cache)
         if router_stats is not None and stats is not None:
             router_stats.append(stats)
@@ -118,8 +116,8 @@ def unrolled_steps(
         layer = head.layer
         mixer = layer.mixer
         assert isinstance(mixer, GatedAttention), "the MTP layer is an attention layer"
-        x = head.combine(embedded, states[-1] if states else hidden)
-        q, k, v, gate = mixer.project(layer.input_layernorm(x), rotation, False)
+        x = head.combine(embedded, states[-1] if states else hidden, batch)
+        q, k, v, gate = mixer.project(layer.input_layernorm(x), rotation, batch)
         keys.append(k)
         values.append(v)
         if step == 0:
@@ -127,7 +125,7 @@ def unrolled_steps(
         else:
             visible = _same_sequence(batch) if visible is None else visible
             heads = _draft_attention(q, keys, values, visible, mixer.scale)
-        x = x + mixer.finish(heads, gate, False)
+        x = x + mixer.finish(heads, gate, batch)
         out, stats = layer.mlp(layer.post_attention_layernorm(x), batch)
         if router_stats is not None and stats is not None:
             router_stats.append(stats)

@@ -5,6 +5,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.linear.torch import aligned_rows, empty_rows
+
+# Elements that torch's vector loops take at a time on the widest CPUs, twice 512 bits of fp32.
+WHOLE_VECTORS = 32
+
 
 def supports(
     x: torch.Tensor,
@@ -16,7 +21,7 @@ def supports(
 ) -> str | None:
     """Say why this backend cannot run, or None."""
     if row_stable:
-        return "grouped products choose their blocking from the number of rows; row_stable is on"
+        return "row by row it has no gradient" if x.requires_grad else None
     if x.dtype == torch.float64:
         return "grouped_mm has no float64"
     if x.device.type == "cuda" and x.dtype != torch.bfloat16:
@@ -58,8 +63,11 @@ def experts_torch(
     """As `experts_reference`: pairs sorted by expert, then two grouped products over all of them.
 
     No value is read back to the host, and shapes depend on T alone, so that a step can be
-    compiled and captured.
+    compiled and captured. row_stable takes one matrix-vector product per pair instead, because
+    grouped products choose their blocking from the number of rows.
     """
+    if row_stable:
+        return _row_by_row(x, gate_up, down, top_weights, top_ids)
     num_tokens, num_active = top_ids.shape
     num_experts = gate_up.shape[0]
     flat_ids = top_ids.reshape(-1)
@@ -77,6 +85,36 @@ def experts_torch(
     # ten times as long.
     wide = torch.promote_types(x.dtype, torch.float32)
     return (slots.to(wide) * top_weights.to(wide)[..., None]).sum(1).to(x.dtype)
+
+
+def _row_by_row(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_weights: torch.Tensor,
+    top_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Each pair by itself, the sum over experts in the order of top_ids."""
+    num_tokens, num_active = top_ids.shape
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    expert_ids = top_ids.reshape(-1).tolist()
+    x = aligned_rows(x)
+    hidden = empty_rows(x, len(expert_ids), gate_up.shape[1])
+    for pair_idx, expert_idx in enumerate(expert_ids):
+        torch.mv(gate_up[expert_idx], x[pair_idx // num_active], out=hidden[pair_idx])
+    gate, up = hidden.chunk(2, dim=-1)
+    # Whole vectors whatever the number of rows: the tail of a vector loop rounds silu differently.
+    size = down.shape[2]
+    padded = -(-size // WHOLE_VECTORS) * WHOLE_VECTORS
+    acted = aligned_rows(F.silu(F.pad(gate, [0, padded - size]))[:, :size] * up)
+    slots = empty_rows(x, len(expert_ids), down.shape[1])
+    for pair_idx, expert_idx in enumerate(expert_ids):
+        torch.mv(down[expert_idx], acted[pair_idx], out=slots[pair_idx])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weighted = (
+        slots.unflatten(0, (num_tokens, num_active)).to(wide) * top_weights.to(wide)[..., None]
+    )
+    return weighted.sum(1).to(x.dtype)
 
 
 def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
