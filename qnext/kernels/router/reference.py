@@ -18,7 +18,7 @@ def router_reference(
     Returns:
         Weights [T, A] and expert ids [T, A], most probable first; logits [T, E], fp32.
 
-    Source: model.md, "Mixture of experts"; Switch Transformers, https://arxiv.org/abs/2101.03961
+    Source: Switch Transformers, https://arxiv.org/abs/2101.03961
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     weight = weight.to(x.dtype)
