@@ -1,5 +1,8 @@
 """Keys and values of the attention layers, one row per token, rows handed out in pages."""
 
+import math
+
+import numpy as np
 import torch
 
 
@@ -22,8 +25,8 @@ class KVPool:
     ) -> None:
         self.page_size = page_size
         shape = (num_layers, num_pages * page_size, *head_shape)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _lazy_zeros(shape, dtype, device)
+        self.v = _lazy_zeros(shape, dtype, device)
 
     def write(
         self, layer_idx: int, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
@@ -31,3 +34,13 @@ class KVPool:
         """Store keys and values of new tokens. k, v: [T, Hkv, D]; slot_mapping: rows [T]."""
         self.k[layer_idx].index_copy_(0, slot_mapping, k.to(self.k.dtype))
         self.v[layer_idx].index_copy_(0, slot_mapping, v.to(self.v.dtype))
+
+
+def _lazy_zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Zeros that on a CPU take no memory until written: torch.zeros would touch all of them."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
