@@ -12,7 +12,7 @@ falls on all of them; a greedy check first makes sure that all of them write the
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ class Timing:
     acceptance: float | None
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.generate", description=(__doc__ or "").partition("\n\n")[0]
     )
@@ -61,15 +62,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=5, help="rounds; the median is reported")
     add("--prefill", type=int, nargs="*", default=[512, 2048], help="prompt lengths, in tokens")
     add("--batch", type=int, nargs="*", default=[1, 8], help="sequences decoded together")
-    add("--tokens", type=int, default=128, help="tokens decoded per sequence")
+    add("--tokens", type=int, default=64, help="tokens decoded per sequence")
     add("--drafts", nargs="*", default=["0", "1", "2", "3", "auto"], help="drafts per step")
     add("--peer", choices=["transformers"], help="measure this library too, on the same weights")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     first = open_model(args)
@@ -77,7 +78,7 @@ def main() -> None:
     measurements = measure_prefill(args, next(iter(engines.values())))
     measurements += measure_decode(args, engines)
     if args.peer:
-        measurements += measure_transformers(args, first.model)
+        measurements += measure_transformers(args, first)
     print_report(measurements, environment(torch.get_num_threads()))
 
 
@@ -103,10 +104,11 @@ def engine_for(args: argparse.Namespace, first: LLM, drafts: str) -> LLM:
     )
 
 
-def random_ids(num_tokens: int, vocab_size: int = 4096) -> list[int]:
-    """Seeded token ids, of words that every preset has."""
+def random_ids(num_tokens: int, engine: LLM) -> list[int]:
+    """Token ids of the model's vocabulary, the same for the same length."""
     generator = torch.Generator().manual_seed(num_tokens)
-    return torch.randint(16, vocab_size, (num_tokens,), generator=generator).tolist()
+    vocab_size = engine.model.config.vocab_size
+    return torch.randint(vocab_size, (num_tokens,), generator=generator).tolist()
 
 
 def run(engine: LLM, prompts: list[Prompt], num_tokens: int) -> Timing:
@@ -125,7 +127,9 @@ def run(engine: LLM, prompts: list[Prompt], num_tokens: int) -> Timing:
 
 def measure_prefill(args: argparse.Namespace, engine: LLM) -> list[Measurement]:
     """Tokens per second until the first token, one sequence."""
-    prompts: dict[int, Prompt] = {n: {"prompt_token_ids": random_ids(n)} for n in args.prefill}
+    prompts: dict[int, Prompt] = {
+        n: {"prompt_token_ids": random_ids(n, engine)} for n in args.prefill
+    }
     seconds: dict[int, list[float]] = {length: [] for length in prompts}
     for repeat in range(args.repeats + 1):
         for length, prompt in prompts.items():
@@ -138,10 +142,10 @@ def measure_prefill(args: argparse.Namespace, engine: LLM) -> list[Measurement]:
     ]
 
 
-def decode_prompts(args: argparse.Namespace, count: int) -> list[Prompt]:
-    """Beginnings of sentences for a trained model, random ids for a random one."""
-    if args.model != SHIPPED and args.model in PRESETS:
-        return [{"prompt_token_ids": random_ids(16 + index)} for index in range(count)]
+def decode_prompts(engine: LLM, count: int) -> list[Prompt]:
+    """Beginnings of sentences, or random ids for a model without a tokenizer."""
+    if engine.tokenizer is None:
+        return [{"prompt_token_ids": random_ids(16 + index, engine)} for index in range(count)]
     return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
 
 
@@ -149,7 +153,7 @@ def measure_decode(args: argparse.Namespace, engines: dict[str, LLM]) -> list[Me
     """Tokens per second after the first token, all sequences together."""
     measurements = []
     for count in args.batch:
-        prompts = decode_prompts(args, count)
+        prompts = decode_prompts(next(iter(engines.values())), count)
         check_equal_outputs(engines, prompts, args.tokens)
         values: dict[str, list[float]] = {drafts: [] for drafts in engines}
         notes = {}
@@ -181,13 +185,13 @@ def check_equal_outputs(engines: dict[str, LLM], prompts: list[Prompt], num_toke
             raise ValueError(f"greedy tokens with k = {name} differ from those with k = {first}")
 
 
-def measure_transformers(args: argparse.Namespace, model: Qwen3Next) -> list[Measurement]:
+def measure_transformers(args: argparse.Namespace, engine: LLM) -> list[Measurement]:
     """The same weights and prompts through Hugging Face transformers, eager, one sequence."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        engine.model.save_pretrained(folder)
+        peer: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=engine.model.dtype)
     peer.eval()
 
     def seconds_of(ids: list[int], num_tokens: int) -> float:
@@ -207,11 +211,11 @@ def measure_transformers(args: argparse.Namespace, model: Qwen3Next) -> list[Mea
 
     measurements = []
     for length in args.prefill:
-        ids = random_ids(length)
+        ids = random_ids(length, engine)
         values = repeated(lambda ids=ids: len(ids) / seconds_of(ids, 1))  # type: ignore[misc]
         name = f"transformers prefill {length:,} tokens"
         measurements.append(Measurement(name, "tok/s", values, f"prefill {length:,} tokens"))
-    ids = random_ids(16)
+    ids = random_ids(16, engine)
     count = args.tokens
     values = repeated(lambda: count / (seconds_of(ids, count + 1) - seconds_of(ids, 1)))
     baseline = f"decode 1 x {count}, k = 0"
