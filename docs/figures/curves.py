@@ -4,7 +4,8 @@
 
 The first run gives nano-loss.svg: its losses, and bits per byte of the validation texts. All runs
 together give nano-vs-dense.svg: bits per byte against training FLOPs and against wall time, stages
-before the instructions only.
+before the instructions only. The stored pictures are drawn from
+qnext/assets/nano/training_log.jsonl and docs/figures/data/nano_dense_log.jsonl.
 """
 
 import json
@@ -35,6 +36,13 @@ class Run:
     stages: list[tuple[str, float, float]] = field(default_factory=list)  # name, from, to tokens
     flops: list[Point] = field(default_factory=list)  # FLOPs spent, by tokens
     seconds: list[Point] = field(default_factory=list)
+    rates: list[Point] = field(default_factory=list)  # learning rate, by tokens
+
+    def is_falling(self, tokens: float) -> bool:
+        """Whether the learning rate had left its peak by then."""
+        peak = max(rate for _, rate in self.rates)
+        first = next(seen for seen, rate in self.rates if rate == peak)
+        return any(first < seen <= tokens and rate < peak for seen, rate in self.rates)
 
 
 def read_run(name: str, path: Path) -> Run:
@@ -57,6 +65,7 @@ def read_run(name: str, path: Path) -> Run:
                     points.append((tokens, record[key]))
             run.flops.append((tokens, flops))
             run.seconds.append((tokens, float(record["seconds"])))
+            run.rates.append((tokens, float(record["lr"])))
         elif record["kind"] == "eval" and DOMAIN in record:
             run.bits_per_byte.append((tokens, record[DOMAIN]["bits_per_byte"]))
             if "mtp_agreement" in record[DOMAIN]:
@@ -114,16 +123,19 @@ class Axes:
         bottom = self.top + self.height + 40
         drawing.text(middle, bottom, x_label, size=12, fill=s.SOFT, anchor="middle")
 
-    def curve(self, points: list[Point], colour: str, label: str, row: int) -> None:
-        """One line and its entry in the legend."""
+    def curve(
+        self, points: list[Point], colour: str, label: str, row: int, rings: tuple[int, ...] = ()
+    ) -> None:
+        """One line and its entry in the legend; the points of `rings` are drawn hollow."""
         pixels = [self.at(*point) for point in points]
         commands = " ".join(
             f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(pixels)
         )
         self.drawing.path(commands, stroke=colour, width=2)
         if len(points) <= 30:
-            for x, y in pixels:
-                self.drawing.circle(round(x, 1), round(y, 1), 3, fill=colour)
+            for i, (x, y) in enumerate(pixels):
+                fill = s.CARD if i in rings else colour
+                self.drawing.circle(round(x, 1), round(y, 1), 3.5, fill=fill, stroke=colour)
         x, y = self.left + self.width - 8, self.top + 20 + 20 * row
         self.drawing.text(x, y, label, size=12, fill=colour, anchor="end", weight=600)
 
@@ -173,8 +185,9 @@ def _mark_stages(axes: Axes, run: Run) -> None:
             axes.drawing.path(
                 f"M{x:.1f} {axes.top:g}v{axes.height:g}", stroke=s.LINE, width=1, dash="3 4"
             )
-        # The last stages are short and close to one another: their names stand one below another.
-        y = axes.top + axes.height - 10 - 14 * (index % 4)
+        # The last stages are short and close to one another: their names stand one below another,
+        # above the curves; the first one's stands below them.
+        y = axes.top + (40 + 14 * index if index else axes.height - 10)
         side = "end" if x > axes.left + 0.8 * axes.width else "start"
         shift = -5 if side == "end" else 5
         axes.drawing.text(x + shift, y, name, size=11, fill=s.SOFT, anchor=side)
@@ -185,17 +198,21 @@ def draw_comparison(runs: list[Run]) -> s.Drawing:
     drawing = s.Drawing(1180, 470, "Bits per byte against training compute")
     names = " and ".join(run.name for run in runs)
     drawing.text(40, 46, f"{names}: the same tokens, the same code", size=22, weight=700)
-    for left, title, label, spent_of, unit in (
-        (102, "against compute", "training FLOPs, 1e15", lambda run: run.flops, 1e15),
-        (690, "against time", "wall time, minutes", lambda run: run.seconds, 60.0),
+    drawing.text(1110, 46, "hollow: the learning rate falls", size=13, fill=s.SOFT, anchor="end")
+    for left, width, title, label, spent_of, unit in (
+        (102, 480, "against compute", "training FLOPs, 1e15", lambda run: run.flops, 1e15),
+        (690, 420, "against time", "wall time, minutes", lambda run: run.seconds, 60.0),
     ):
         curves = [_by_cost(run, spent_of(run)) for run in runs]
         cost = max(points[-1][0] for points in curves)
         values = [value for points in curves for _, value in points]
-        axes = Axes(drawing, left, 126, 420, 250, (0.0, cost), bounds(values))
+        axes = Axes(drawing, left, 126, width, 250, (0.0, cost), bounds(values))
         axes.frame(f"{DOMAIN}, bits per byte, {title}", label, unit)
         for row, (run, points) in enumerate(zip(runs, curves, strict=True)):
-            axes.curve(points, COLOURS[row], f"{run.name}: {points[-1][1]:.3f}", row)
+            seen = [tokens for tokens, _ in run.bits_per_byte[: len(points)]]
+            rings = tuple(i for i, tokens in enumerate(seen) if run.is_falling(tokens))
+            label = f"{run.name}: best {min(value for _, value in points):.3f}"
+            axes.curve(points, COLOURS[row], label, row, rings)
     return drawing
 
 
