@@ -1,13 +1,17 @@
 """Speculation keeps the distribution; the choice of how many drafts costs next to nothing."""
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
 from qnext.engine import speculative
 from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
 from qnext.engine.speculative import AutoSpeculation
 from tests.engine.markov import MarkovModel, chi_square_p_value, exact_distribution
+from tests.engine.tiny import tiny_model
 
 VOCAB_SIZE = 4
 PROMPT = [1, 2]
@@ -135,3 +139,20 @@ def test_auto_shares_what_it_knows_with_other_batch_sizes():
     simulated_speed(policy, costs, [0.9] * 4, 600, rng, num_seqs=8)
     assert policy.rate(3, 4) > policy.rate(3, 0)
     assert AutoSpeculation(4).rate(1, 2) is None
+
+
+def test_the_real_models_sampled_text_has_its_exact_distribution():
+    model = tiny_model(vocab_size=4, seed=2)
+    params = SamplingParams(max_tokens=3, temperature=1.5)
+    llm = LLM.from_model(
+        model, max_model_len=16, max_num_seqs=64, page_size=16, num_speculative_tokens=1
+    )
+    outputs = llm.generate([{"prompt_token_ids": PROMPT}] * 400, params)
+    answers = [tuple(output.outputs[0].token_ids) for output in outputs]
+    assert 0.05 < llm.engine.metrics.acceptance_rate < 0.95, "both outcomes must be exercised"
+    expected = {}
+    for answer in itertools.product(range(4), repeat=3):
+        logits = model.logits(torch.tensor([*PROMPT, *answer[:2]])).double()
+        probs = (logits / params.temperature).softmax(-1)[len(PROMPT) - 1 :]
+        expected[answer] = float(torch.stack([probs[j, i] for j, i in enumerate(answer)]).prod())
+    assert chi_square_p_value(answers, expected) > 1e-3
