@@ -40,7 +40,7 @@ def _lazy_zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
     """Zeros that on a CPU take no memory until written: torch.zeros would touch all of them."""
-    if torch.device(device).type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

@@ -5,6 +5,7 @@ import torch
 
 from qnext.cache.allocator import Allocator, OutOfMemory
 from qnext.cache.hybrid import HybridCache
+from qnext.cache.kv_pool import KVPool
 from tests.engine.tiny import tiny_config
 
 
@@ -81,3 +82,8 @@ def test_a_reset_clears_one_slot_and_no_other():
 def test_a_commit_of_more_rows_than_a_window_is_refused():
     with pytest.raises(ValueError, match="a window holds 4"):
         cache_of().commit((0,), (5,))
+
+
+def test_a_pool_without_attention_layers_is_empty():
+    pool = KVPool(0, 3, 8, (2, 4), dtype=torch.float32, device="cpu")
+    assert pool.k.shape == (0, 24, 2, 4)
