@@ -1,6 +1,6 @@
 """Typed reads from parsed JSON: a wrong type names the key, the value and what is allowed."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +23,8 @@ def as_int(key: str, value: Any) -> int:
     Raises:
         ValueError: the value is not a whole number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not value.is_integer()):
         raise ValueError(f"{key} = {value!r}: an integer is allowed here")
     return int(value)
 
@@ -53,9 +54,11 @@ def as_float(key: str, value: Any) -> float:
     Raises:
         ValueError: the value is not a finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key} = {value!r}: a finite number is allowed here")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # An integer may be too large for a float.
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+    raise ValueError(f"{key} = {value!r}: a finite number is allowed here")
 
 
 def read_optional_float(source: Mapping[str, Any], key: str) -> float | None:

@@ -20,6 +20,10 @@ def resolve_checkpoint(name: str | Path, *, with_weights: bool = True) -> Path:
     Raises:
         ValueError: no such folder, and no such model on the hub or no way to it.
     """
+    if not isinstance(name, str | Path) or not str(name):
+        raise ValueError(
+            f"model is {name!r}: a folder, the name of a shipped model or a hub id is allowed"
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return path

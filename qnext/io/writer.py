@@ -4,6 +4,7 @@ New shards get names that no file in the folder has, the index is renamed into p
 on disk, and the old shards are removed last. Tensors are asked for one at a time.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 TensorSpecs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: float | str) -> int:
     """Returns bytes from a number, or from text such as "5GB" (10^9) or "200MiB" (2^20).
 
     Raises:
@@ -37,7 +38,13 @@ def parse_size(size: int | str) -> int:
                 f"max_shard_size = {size!r}: a number of bytes or text such as '5GB' or '200MiB' "
                 "is allowed"
             )
-        size = int(float(match.group(1)) * _UNITS[unit])
+        size = float(match.group(1)) * _UNITS[unit]
+    is_number = isinstance(size, int | float) and not isinstance(size, bool)
+    if not is_number or not math.isfinite(size):
+        raise ValueError(
+            f"max_shard_size = {size!r}: a number of bytes or text such as '5GB' is allowed"
+        )
+    size = int(size)
     if size < 1:
         raise ValueError(f"max_shard_size = {size}: it must be at least 1 byte")
     return size
@@ -75,12 +82,17 @@ def write_checkpoint(
         before_index: writes the folder's other files, once all shards are on disk.
 
     Raises:
-        ValueError: max_shard_size is no size, or there is no tensor to write.
+        ValueError: max_shard_size is no size, there is no tensor to write, or `folder` cannot be
+            made.
     """
     max_shard_bytes = parse_size(max_shard_size)
     if not specs:
         raise ValueError(f"{folder}: there is no tensor to write")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror or error
+        raise ValueError(f"{folder}: no folder can be made here: {reason}") from error
     old_files = saved_files(folder)
     shards = plan_shards(specs, max_shard_bytes)
     names = _new_names(folder, len(shards))

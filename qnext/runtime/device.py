@@ -36,7 +36,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device is {name!r}; want auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"device is {name!r}; want auto, cpu, cuda or cuda:N")
@@ -55,10 +55,10 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
     """
     if isinstance(name, torch.dtype):
         return name
-    try:
-        return DTYPES[name.removeprefix("torch.")]
-    except KeyError:
-        raise ValueError(f"dtype is {name!r}; want one of {', '.join(DTYPES)}") from None
+    found = DTYPES.get(str(name).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype is {name!r}; want one of {', '.join(DTYPES)}")
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -90,8 +90,8 @@ def set_num_threads(num_threads: int | None) -> int:
         ValueError: the number is below 1.
     """
     if num_threads is not None:
-        if num_threads < 1:
-            raise ValueError(f"num_threads is {num_threads}; want at least 1")
+        if not isinstance(num_threads, int) or num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads!r}; want an integer, at least 1")
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()
 

@@ -66,7 +66,7 @@ def test_sizes_are_numbers_or_text(text, expected):
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("size", ["5 gigs", "GB", "-1GB", 0, "0"])
+@pytest.mark.parametrize("size", ["5 gigs", "GB", "-1GB", 0, "0", None, float("nan"), "9" * 400])
 def test_a_size_that_is_none_is_refused(size):
     with pytest.raises(ValueError, match="max_shard_size"):
         parse_size(size)
@@ -212,3 +212,11 @@ def test_an_interrupt_after_the_index_is_in_place_keeps_what_it_names(tmp_path, 
         save(tmp_path, new, max_shard_size=170)
     monkeypatch.undo()
     assert_holds(tmp_path, new)
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    path = tmp_path / "taken"
+    path.write_text("kept")
+    with pytest.raises(ValueError, match="taken: no folder can be made here: it is a file"):
+        save(path, make_tensors())
+    assert path.read_text() == "kept"

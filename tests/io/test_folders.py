@@ -74,6 +74,12 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path, monkeypatch):
     assert resolve_checkpoint("tiny") == tmp_path / "tiny"
 
 
+@pytest.mark.parametrize("name", ["", None, 7])
+def test_what_cannot_be_a_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"model is {name!r}: a folder"):
+        resolve_checkpoint(name)
+
+
 @pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "a/b/c", "../nothing"])
 def test_a_name_that_leads_nowhere_is_one_clear_error(name):
     with pytest.raises(ValueError, match="neither a folder, nor shipped"):

@@ -17,9 +17,9 @@ def test_devices_resolve_by_name():
     assert resolve_device(torch.device("cpu")).type == "cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "tpu:0", "mps", ""])
+@pytest.mark.parametrize("name", ["gpu", "tpu:0", "mps", "", None])
 def test_an_unknown_device_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"device is '{name}'"):
+    with pytest.raises(ValueError, match=f"device is {name!r}"):
         resolve_device(name)
 
 
@@ -33,8 +33,9 @@ def test_number_types_resolve_by_name_and_back():
         assert dtype_name(resolve_dtype(name)) == name
         assert dtype_name(resolve_dtype(f"torch.{name}")) == name
     assert resolve_dtype(torch.float32) is torch.float32
-    with pytest.raises(ValueError, match="dtype is 'int7'"):
-        resolve_dtype("int7")
+    for wrong in ("int7", None):
+        with pytest.raises(ValueError, match=f"dtype is {wrong!r}"):
+            resolve_dtype(wrong)
 
 
 def test_threads_are_set_or_refused():
