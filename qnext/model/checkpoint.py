@@ -32,6 +32,7 @@ from qnext.io.writer import DEFAULT_MAX_SHARD_SIZE, write_checkpoint
 from qnext.model.init import init_weights
 from qnext.model.logical import LogicalTensor, Part, map_tensors
 from qnext.model.qwen3_next import Qwen3Next
+from qnext.runtime.device import resolve_device
 
 MAX_LISTED = 100
 _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
@@ -72,7 +73,7 @@ def load_model(
         path_or_hub_id: a folder, the name of a shipped model, or `organisation/model`.
         dtype: "auto" keeps what is stored, so that saving writes the same bytes; otherwise all
             weights are converted. A_log and dt_bias are held in float32 at least.
-        device: where the weights go.
+        device: where the weights go; "auto" is the first GPU, else the CPU.
         strict: refuse any missing, unexpected or misshapen tensor. False loads what fits, draws
             what is missing anew, drops an incomplete MTP head, and warns with the names.
 
@@ -81,9 +82,13 @@ def load_model(
 
     Raises:
         CheckpointError: tensors and configuration do not match.
-        ValueError: no such checkpoint, a corrupt file, an unsupported dtype, or quantised weights.
+        ValueError: no such checkpoint, a corrupt file, an unsupported dtype or device, or
+            quantised weights.
     """
     wanted = parse_dtype(dtype)
+    device = resolve_device(device)
+    if device.type == "meta":
+        raise ValueError("device is 'meta', which holds no weights; want auto, cpu, cuda or cuda:N")
     folder = resolve_checkpoint(path_or_hub_id)
     config = read_model_config(folder)
     if config.quant_method is not None:

@@ -112,7 +112,7 @@ class Qwen3Next(nn.Module):
             States after the final norm. [T, C]
         """
         num_tokens = batch.token_ids.shape[0]
-        batch = _pad_window(batch)
+        batch = pad_window(batch)
         rotation = self.rotary_table(batch.position_ids, self.dtype)
         x = self.embed(batch.token_ids)
         for layer in self.layers:
@@ -153,7 +153,7 @@ class Qwen3Next(nn.Module):
         """
         head = self._mtp_head()
         num_tokens = hidden.shape[0]
-        padded = _pad_window(replace(batch, token_ids=next_token_ids))
+        padded = pad_window(replace(batch, token_ids=next_token_ids))
         extra = padded.token_ids.shape[0] - num_tokens
         hidden = F.pad(hidden, [0, 0, 0, extra]) if extra else hidden
         rotation = self.rotary_table(padded.position_ids, self.dtype)
@@ -185,8 +185,8 @@ class Qwen3Next(nn.Module):
             ValueError: the model has no MTP head, or num_steps < 1.
         """
         head = self._mtp_head()
-        if num_steps < 1:
-            raise ValueError(f"num_steps = {num_steps}: must be at least 1")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps = {num_steps!r}: must be an integer, at least 1")
         table = self.rotary_table
         return unrolled_steps(
             head, self.embed_tokens, table, hidden, batch, num_steps, router_stats
@@ -194,8 +194,18 @@ class Qwen3Next(nn.Module):
 
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Next-token logits of one sequence. token_ids: [T], int64. Returns [T, W], fp32."""
-        batch = ForwardBatch.packed(token_ids.to(self.device))
+        """Next-token logits of one sequence.
+
+        Args:
+            token_ids: [T], int64; T >= 1
+
+        Returns:
+            [T, W], fp32.
+
+        Raises:
+            ValueError: no vector of token ids, or an id outside the vocabulary.
+        """
+        batch = self._scored_sequence(token_ids)
         return self.compute_logits(self(batch))
 
     @torch.no_grad()
@@ -211,9 +221,9 @@ class Qwen3Next(nn.Module):
             NaN where the sequence ends before token t + 1 + j.
 
         Raises:
-            ValueError: the model has no MTP head, or k < 1.
+            ValueError: the model has no MTP head, k < 1, or as for `logits`.
         """
-        batch = ForwardBatch.packed(token_ids.to(self.device))
+        batch = self._scored_sequence(token_ids)
         states = self.mtp_hidden(self(batch), batch, k)
         logits = torch.stack([self.compute_logits(state) for state in states], dim=1)
         for step in range(k):
@@ -244,13 +254,29 @@ class Qwen3Next(nn.Module):
 
         save_model(self, path, max_shard_size=max_shard_size, layout=layout)
 
+    def _scored_sequence(self, token_ids: torch.Tensor) -> ForwardBatch:
+        """A batch of one sequence, its ids checked; training and serving check theirs earlier."""
+        if not isinstance(token_ids, torch.Tensor):
+            raise ValueError(
+                f"token_ids is a {type(token_ids).__name__}; must be a tensor of int64"
+            )
+        batch = ForwardBatch.packed(token_ids.to(self.device))
+        if token_ids.numel() == 0:
+            raise ValueError("token_ids is empty; must hold at least one token")
+        for bound in (int(batch.token_ids.min()), int(batch.token_ids.max())):
+            if not 0 <= bound < self.config.vocab_size:
+                raise ValueError(
+                    f"token_ids holds {bound}; ids go from 0 to {self.config.vocab_size - 1}"
+                )
+        return batch
+
     def _mtp_head(self) -> MTPHead:
         if self.mtp is None:
             raise ValueError("this model has no MTP head: its checkpoint holds no mtp.* tensor")
         return self.mtp
 
 
-def _pad_window(batch: ForwardBatch) -> ForwardBatch:
+def pad_window(batch: ForwardBatch) -> ForwardBatch:
     """Fill up a window on a CPU to a multiple of ROW_PAD rows; the extra rows touch nothing."""
     extra = -batch.token_ids.shape[0] % ROW_PAD
     if not batch.row_stable or extra == 0:

@@ -360,3 +360,10 @@ def test_the_public_methods_lead_here(tmp_path):
         again.named_parameters(), model.named_parameters(), strict=True
     ):
         assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_holds_no_weights_here_is_refused_by_name(tmp_path, device):
+    save_model(Qwen3Next(TINY), tmp_path)
+    with pytest.raises(ValueError, match=f"device is '{device}'"):
+        load_model(tmp_path, device=device)

@@ -180,6 +180,30 @@ def test_mtp_logits_are_nan_where_the_tokens_they_read_are_missing():
     assert missing.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "token_ids, message",
+    [
+        ([1, 2], "token_ids is a list"),
+        (torch.tensor([[1, 2]]), "shape"),
+        (torch.tensor([1.0]), "float32"),
+        (torch.tensor([], dtype=torch.int64), "token_ids is empty"),
+        (torch.tensor([3, -1]), "token_ids holds -1; ids go from 0 to"),
+        (torch.tensor([3, 10**6]), "token_ids holds 1000000; ids go from 0 to"),
+    ],
+)
+def test_what_is_no_sequence_of_token_ids_is_refused(token_ids, message):
+    model = tiny_model()
+    for score in (model.logits, model.mtp_logits):
+        with pytest.raises(ValueError, match=message):
+            score(token_ids)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, None])
+def test_a_number_of_mtp_steps_that_is_none_is_refused(k):
+    with pytest.raises(ValueError, match=f"num_steps = {k}: must be an integer, at least 1"):
+        tiny_model().mtp_logits(torch.tensor([1, 2, 3]), k)
+
+
 def test_mtp_sees_no_later_token():
     model = tiny_model(dtype=torch.float64)
     ids = torch.randint(0, 97, (20,))
