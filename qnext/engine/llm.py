@@ -1,9 +1,10 @@
 """Text generation from Python, in vLLM's shapes: `LLM(...).generate(prompts, params)`."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from qnext.config.generation import GenerationConfig
 from qnext.engine.engine import Engine
 from qnext.engine.request import (
+    MAX_SEED,
     Logprob,
     Request,
     RequestOutput,
     SamplingParams,
     check_drafts,
+    require_integer,
 )
 from qnext.engine.sampler import request_seed
 from qnext.engine.sizing import (
@@ -93,6 +96,7 @@ class LLM:
         tokenizer: str | Path | None = None,
     ) -> None:
         check_drafts(num_speculative_tokens)
+        require_integer("seed", seed, 0, MAX_SEED)
         set_num_threads(num_threads)
         target = resolve_device(device)
         folder = resolve_checkpoint(model)
@@ -101,7 +105,7 @@ class LLM:
         )
         self._set_up(
             opened,
-            _open_tokenizer(folder if tokenizer is None else Path(tokenizer)),
+            _open_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer),
             read_generation_config(folder),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
@@ -159,6 +163,7 @@ class LLM:
         seed: int,
         **sizes: Any,
     ) -> None:
+        require_integer("seed", seed, 0, MAX_SEED)
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config
@@ -204,6 +209,8 @@ class LLM:
         Raises:
             ValueError: a prompt is empty, too long, or not of these forms; nothing was run then.
         """
+        if not isinstance(prompts, str | Mapping | Iterable):
+            raise ValueError(f"prompts is {prompts!r}; want text, or a list of prompts")
         many = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         requests = self._requests(many, sampling_params)
         for _ in self._run(requests):
@@ -229,12 +236,15 @@ class LLM:
         Raises:
             ValueError: there is no tokenizer or chat template, or as for `generate`.
         """
-        is_one = not messages or isinstance(messages[0], Mapping)
-        many: Any = [messages] if is_one else messages
-        prompts = [
-            self.render_chat(m, tools, add_generation_prompt, **(chat_template_kwargs or {}))
-            for m in many
-        ]
+        if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+            raise ValueError(
+                f'messages is {messages!r}; want a list of {{"role": ..., "content": ...}}'
+            )
+        many: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        options = dict(chat_template_kwargs or {})
+        if taken := sorted(options.keys() & {"messages", "tools", "add_generation_prompt"}):
+            raise ValueError(f"chat_template_kwargs holds {taken[0]!r}, an argument of its own")
+        prompts = [self.render_chat(m, tools, add_generation_prompt, **options) for m in many]
         return self.generate(prompts, sampling_params)
 
     def render_chat(
@@ -246,8 +256,7 @@ class LLM:
     ) -> str:
         """The prompt that the chat template makes of a conversation."""
         tokenizer = self._require_tokenizer("a chat")
-        plain = [dict(message) for message in messages]
-        return tokenizer.render_chat(plain, tools, add_generation_prompt, **template_options)
+        return tokenizer.render_chat(messages, tools, add_generation_prompt, **template_options)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -284,6 +293,12 @@ class LLM:
             sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(prompts)
+        if not isinstance(sampling_params, Sequence) or not all(
+            isinstance(params, SamplingParams) for params in sampling_params
+        ):
+            raise ValueError(
+                f"sampling_params is {sampling_params!r}; want SamplingParams, or a list of them"
+            )
         if len(sampling_params) != len(prompts):
             raise ValueError(
                 f"{len(sampling_params)} sampling_params for {len(prompts)} prompts; want one, "
@@ -312,7 +327,7 @@ class LLM:
             total = min(total, len(ids) + params.max_tokens)
         request = Request(
             request_id=str(request_idx),
-            prompt_token_ids=ids,
+            prompt_token_ids=[int(token_id) for token_id in ids],
             params=params,
             seed=request_seed(self.seed, request_idx) if params.seed is None else params.seed,
             max_total_tokens=total,
@@ -364,7 +379,7 @@ def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -
     if not ids:
         raise ValueError(f"{name} is empty; want at least one token")
     for idx, token_id in enumerate(ids):
-        is_integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+        is_integer = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not is_integer or not 0 <= token_id < vocab_size:
             raise ValueError(
                 f"{name}: token {idx} is {token_id!r}; want an integer, 0 to {vocab_size - 1}"

@@ -42,27 +42,30 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop = self.stop
-        strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = (stop,) if isinstance(stop, str) else _as_tuple("stop", stop)
         object.__setattr__(self, "stop", strings)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        end_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", end_ids)
         _require_real("temperature", self.temperature, 0.0, math.inf)
         _require_real("top_p", self.top_p, 0.0, 1.0, low_is_open=True)
-        _require_integer("top_k", self.top_k, -1)
+        require_integer("top_k", self.top_k, -1)
         _require_real("min_p", self.min_p, 0.0, 1.0)
         _require_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _require_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _require_real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, True)
         if self.max_tokens is not None:
-            _require_integer("max_tokens", self.max_tokens, 1)
+            require_integer("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
-            _require_integer("seed", self.seed, 0, MAX_SEED)
+            require_integer("seed", self.seed, 0, MAX_SEED)
         if self.logprobs is not None:
-            _require_integer("logprobs", self.logprobs, 0)
+            require_integer("logprobs", self.logprobs, 0)
         for text in strings:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop holds {text!r}; want strings of at least one character")
-        for token_id in self.stop_token_ids or ():
-            _require_integer("stop_token_ids", token_id, 0)
+        for token_id in end_ids:
+            require_integer("stop_token_ids", token_id, 0)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; want True or False")
 
     @property
     def is_greedy(self) -> bool:
@@ -77,6 +80,14 @@ class SamplingParams:
         )
 
 
+def _as_tuple(name: str, values: object) -> tuple[Any, ...]:
+    if values is None:
+        return ()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} is {values!r}; want a list")
+    return tuple(values)
+
+
 def _require_real(
     name: str, value: object, low: float, high: float, low_is_open: bool = False
 ) -> None:
@@ -88,7 +99,12 @@ def _require_real(
     raise ValueError(f"{name} is {value!r}; want a number in {bracket}{low:g}, {high:g}]")
 
 
-def _require_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def require_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse anything but an integer in range.
+
+    Raises:
+        ValueError: by name, value and limit.
+    """
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if is_integer and low <= value and (high is None or value <= high):  # type: ignore[operator]
         return

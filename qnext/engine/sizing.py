@@ -4,7 +4,7 @@ import torch
 
 from qnext.config.model import ModelConfig
 from qnext.engine.engine import EngineOptions
-from qnext.engine.request import check_drafts
+from qnext.engine.request import check_drafts, require_integer
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.log import get_logger, log_once
 
@@ -47,17 +47,20 @@ def engine_options(
         max_drafts = 0
     if max_num_seqs is None:
         max_num_seqs = DEFAULT_MAX_SEQS.get(model.device.type, DEFAULT_MAX_SEQS["cpu"])
-    if max_num_seqs < 1:
-        raise ValueError(f"max_num_seqs is {max_num_seqs}; want at least 1")
+    require_integer("max_num_seqs", max_num_seqs, 1)
     longest = model.config.max_position_embeddings
-    if max_model_len is not None and not 2 <= max_model_len <= longest:
+    if max_model_len is not None:
+        require_integer("max_model_len", max_model_len, 2)
+    if kv_cache_memory_bytes is None:
+        kv_cache_memory_bytes = _default_cache_bytes(model.device)
+    require_integer("kv_cache_memory_bytes", kv_cache_memory_bytes, 1)
+    if max_model_len is not None and max_model_len > longest:
         raise ValueError(
             f"max_model_len is {max_model_len}; want 2 to {longest}, the model's "
             "max_position_embeddings"
         )
     page_bytes = page_size * _token_bytes(model.config, max_drafts > 0, model.dtype)
-    budget = kv_cache_memory_bytes or _default_cache_bytes(model.device)
-    affordable = budget // page_bytes
+    affordable = kv_cache_memory_bytes // page_bytes
     pages_each = -(-(max_model_len or longest) // page_size)
     if max_model_len is None and affordable >= 1:
         longest = min(longest, affordable * page_size)
@@ -65,7 +68,7 @@ def engine_options(
     if affordable < pages_each:
         raise ValueError(
             f"max_model_len is {max_model_len or longest}, {pages_each * page_bytes:,} bytes of "
-            f"keys and values; kv_cache_memory_bytes allows {budget:,}"
+            f"keys and values; kv_cache_memory_bytes allows {kv_cache_memory_bytes:,}"
         )
     return EngineOptions(
         max_num_seqs=max_num_seqs,

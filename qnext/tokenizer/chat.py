@@ -127,9 +127,14 @@ class ChatTemplate:
             template_options: further names for the template, such as enable_thinking.
 
         Raises:
-            ValueError: a message that has no role, or the template fails on these messages.
+            ValueError: a message that has no role, tools that are no list, or the template fails on
+                these messages.
         """
         checked = [_checked_message(message, idx) for idx, message in enumerate(messages)]
+        if tools is not None and (
+            isinstance(tools, str | Mapping) or not isinstance(tools, Sequence)
+        ):
+            raise ValueError(f"tools is {tools!r}: want a list of functions' JSON schemas")
         try:
             return self._template.render(
                 **self._special_tokens,

@@ -1,12 +1,17 @@
 """The Python interface: shapes of inputs and outputs, and refusals before any work."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from qnext.config.generation import GenerationConfig
 from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
-from tests.engine.tiny import greedy, id_prompts, tiny_llm, tiny_model, token_ids
+from qnext.model.init import init_weights
+from qnext.model.qwen3_next import Qwen3Next
+from tests.engine.tiny import greedy, id_prompts, tiny_config, tiny_llm, tiny_model, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,45 @@ def test_numbers_of_params_and_prompts_must_agree(llm):
         llm.generate(id_prompts(4, 5), [greedy(3)])
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0}, [{"temperature": 0}], "greedy", 5])
+def test_sampling_params_of_another_kind_are_refused(llm, params):
+    with pytest.raises(ValueError, match="sampling_params is .*; want SamplingParams"):
+        llm.generate(id_prompts(4), params)
+
+
+@pytest.mark.parametrize("prompts", [None, 5])
+def test_prompts_that_are_no_list_are_refused(llm, prompts):
+    with pytest.raises(ValueError, match=f"prompts is {prompts}; want text, or a list"):
+        llm.generate(prompts, greedy(3))
+
+
+def test_numpy_integers_are_token_ids_too(llm):
+    (plain,) = llm.generate({"prompt_token_ids": [1, 2, 3]}, greedy(4))
+    (output,) = llm.generate({"prompt_token_ids": list(np.array([1, 2, 3]))}, greedy(4))
+    assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert all(type(token_id) is int for token_id in output.prompt_token_ids)
+
+
+@pytest.mark.parametrize("messages", [None, [], "hi", {"role": "user", "content": "hi"}])
+def test_messages_that_are_no_list_are_refused(llm, messages):
+    with pytest.raises(ValueError, match="messages is .*; want a list"):
+        llm.chat(messages)
+
+
+def test_template_options_that_repeat_an_argument_are_refused(llm):
+    with pytest.raises(ValueError, match="chat_template_kwargs holds 'tools'"):
+        llm.chat([{"role": "user", "content": "hi"}], chat_template_kwargs={"tools": []})
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_a_model_without_attention_layers_runs(num_drafts):
+    config = replace(tiny_config(), layer_types=("linear_attention",) * 3)
+    model = Qwen3Next(config)
+    init_weights(model, config, seed=0)
+    outputs = tiny_llm(model, num_speculative_tokens=num_drafts).generate(id_prompts(4), greedy(5))
+    assert len(token_ids(outputs)[0]) == 5
+
+
 def test_an_answer_ends_at_max_model_len(llm):
     (output,) = llm.generate(id_prompts(120), SamplingParams(temperature=0.0, max_tokens=None))
     assert len(output.outputs[0].token_ids) == 8
@@ -86,6 +130,12 @@ def test_an_answer_ends_at_max_model_len(llm):
         ({"num_speculative_tokens": "many"}, "num_speculative_tokens is 'many'"),
         ({"num_speculative_tokens": 17}, 'want "auto" or an integer, 0 to 16'),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_seqs": 1.5}, "max_num_seqs is 1.5; want an integer"),
+        ({"max_model_len": "long"}, "max_model_len is 'long'; want an integer"),
+        ({"max_model_len": 1}, "max_model_len is 1; want an integer, at least 2"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes is 0; want an integer"),
+        ({"seed": -1}, "seed is -1; want an integer, 0 to"),
+        ({"seed": None}, "seed is None"),
         ({"max_model_len": 513}, "max_model_len is 513; want 2 to 512"),
         (
             {"max_model_len": 100, "kv_cache_memory_bytes": 5000},
@@ -187,6 +237,8 @@ def test_a_missing_model_is_named():
         LLM("no-such-model")
     with pytest.raises(ValueError, match="num_speculative_tokens is 99"):
         LLM("no-such-model", num_speculative_tokens=99)
+    with pytest.raises(ValueError, match="/no/such/folder"):
+        LLM("nano", tokenizer="/no/such/folder")
 
 
 @pytest.mark.gpu

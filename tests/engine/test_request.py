@@ -24,7 +24,10 @@ from qnext.engine.text import OutputText
         ({"seed": -1}, "seed is -1"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"stop": ["a", ""]}, "stop holds ''"),
+        ({"stop": 5}, "stop is 5; want a list"),
         ({"stop_token_ids": [1, "x"]}, "stop_token_ids is 'x'"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5; want a list"),
+        ({"ignore_eos": "no"}, "ignore_eos is 'no'"),
     ],
 )
 def test_a_bad_sampling_parameter_is_refused_by_name_and_value(options, message):

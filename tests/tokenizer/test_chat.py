@@ -121,3 +121,9 @@ def test_templates_that_hide_the_assistant_are_refused():
         template.render_with_spans([QUESTION, ANSWER])
     with pytest.raises(ValueError, match="NUL"):
         template.render_with_spans([{"role": "user", "content": "\0["}])
+
+
+@pytest.mark.parametrize("tools", [5, "search", {"name": "search"}])
+def test_tools_that_are_no_list_are_refused(tools):
+    with pytest.raises(ValueError, match="tools is .*: want a list"):
+        ChatTemplate("{{ tools }}", "any").render([QUESTION], tools)
