@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qnext.io.hub import resolve_checkpoint
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command and its options."""
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.context < 2:
         raise ValueError(f"--context {args.context}: must be at least 2")
 
+    folder = resolve_checkpoint(args.path)
     from qnext.eval.loss import read_texts, score_texts
     from qnext.model.qwen3_next import Qwen3Next
     from qnext.runtime.device import resolve_device
@@ -68,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     texts_of = {path: read_texts(path, args.max_documents) for path in args.bpb}
     device = resolve_device(args.device)
-    model = Qwen3Next.from_pretrained(args.path, dtype=args.dtype, device=device)
-    tokenizer = load(args.tokenizer or args.path)
+    model = Qwen3Next.from_pretrained(folder, dtype=args.dtype, device=device)
+    tokenizer = load(args.tokenizer or folder)
     for path, texts in texts_of.items():
         then = time.perf_counter()
         report = score_texts(

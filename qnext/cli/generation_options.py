@@ -2,9 +2,12 @@
 
 import argparse
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qnext.config.model import DTYPES
 from qnext.engine.request import SamplingParams, check_drafts
 from qnext.io.hub import resolve_checkpoint
 
@@ -36,10 +39,20 @@ def add_generation_options(parser: argparse.ArgumentParser, *, max_tokens: int) 
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--model", default="nano", help="nano, a checkpoint folder, or a hub id (default: nano)")
-    add("--dtype", default="auto", help="float32, bfloat16, float16 or auto (default)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    add("--num-threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--max-model-len", type=int, metavar="N", help="tokens of prompt and answer together")
+    add("--dtype", type=_dtype, default="auto", help="float32, bfloat16, float16 or auto (default)")
+    add("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (default)")
+    add(
+        "--num-threads",
+        type=_at_least(1),
+        metavar="N",
+        help="CPU threads (default: torch's choice)",
+    )
+    add(
+        "--max-model-len",
+        type=_at_least(2),
+        metavar="N",
+        help="tokens of prompt and answer together",
+    )
     add(
         "--num-speculative-tokens",
         type=_drafts,
@@ -95,6 +108,32 @@ def open_model(args: argparse.Namespace) -> "LLM":
         max_num_seqs=1,
         num_speculative_tokens=args.num_speculative_tokens,
     )
+
+
+def _dtype(text: str) -> str:
+    """Read --dtype."""
+    if text.removeprefix("torch.") not in ("auto", *DTYPES):
+        raise argparse.ArgumentTypeError(f"dtype is {text!r}; want auto, {', '.join(DTYPES)}")
+    return text
+
+
+def _device(text: str) -> str:
+    """Read --device; whether the machine has it is found when the model is loaded."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"device is {text!r}; want auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """Reader of an integer that is no smaller."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is too small; want at least {low}")
+        return value
+
+    return integer
 
 
 def _drafts(text: str) -> int | str:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from qnext import __version__
 
@@ -27,9 +28,17 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit with 2."""
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """Parser whose subcommand `command` is complete; the others are named with their help only."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="qnext", description="Qwen3-Next from corpus to text.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"qnext {__version__}")

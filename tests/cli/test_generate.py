@@ -65,12 +65,19 @@ def test_the_prompt_may_come_from_standard_input(checkpoint, capsys, monkeypatch
         (["--top-p", "2"], "top_p is 2.0"),
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--model", "no-such-folder"], "no-such-folder"),
+        (["--dtype", "int7"], "dtype is 'int7'; want auto, float32"),
+        (["--device", "gpu"], "device is 'gpu'; want auto, cpu"),
+        (["--num-threads", "0"], "--num-threads: 0 is too small; want at least 1"),
+        (["--num-threads", "two"], "--num-threads: invalid integer value: 'two'"),
+        (["--max-model-len", "1"], "--max-model-len: 1 is too small; want at least 2"),
+        (["--num-speculative-tokens", "99"], "num_speculative_tokens is 99"),
     ],
 )
 @pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
 def test_a_mistake_is_one_line_and_needs_no_torch(command, arguments, message):
     code = (
-        "import sys\nfrom qnext.cli.main import main\ncode = main(sys.argv[1:])\n"
+        "import sys\nfrom qnext.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\nexcept SystemExit as error:\n    code = error.code\n"
         "assert 'torch' not in sys.modules\nsys.exit(code)"
     )
     done = subprocess.run(

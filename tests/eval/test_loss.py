@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qnext import tokenizer as tokenizer_package
+from qnext.cli.main import main
 from qnext.eval.loss import cut_windows, read_texts, score_texts
 from tests.data.corpus import NANO, story, write_jsonl
 from tests.train.tiny import tiny_model
@@ -127,3 +128,10 @@ def test_a_file_is_read_up_to_a_number_of_documents(tmp_path):
     file = write_jsonl(tmp_path / "t.jsonl", [{"text": str(i)} for i in range(5)])
     assert read_texts(file) == ["0", "1", "2", "3", "4"]
     assert read_texts(file, max_documents=2) == ["0", "1"]
+
+
+def test_the_command_opens_a_shipped_model_by_name(tmp_path, capsys):
+    write_jsonl(tmp_path / "few.jsonl", [{"text": story(0, 40)}])
+    command = ["eval", "nano", "--bpb", str(tmp_path / "few.jsonl"), "--context", "64"]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert "few.jsonl" in capsys.readouterr().out
