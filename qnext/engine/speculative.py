@@ -148,7 +148,12 @@ class FixedSpeculation:
         return self.max_drafts
 
     def record(
-        self, num_seqs: int, num_drafts: int, seconds: float, accepted: Sequence[tuple[int, int]]
+        self,
+        num_seqs: int,
+        num_drafts: int,
+        seconds: float,
+        accepted: Sequence[tuple[int, int]],
+        deferred_seconds: float = 0.0,
     ) -> None:
         """Nothing to learn."""
 
@@ -178,6 +183,7 @@ class AutoSpeculation:
         self._best = 0
         self._probe: deque[int] = deque()
         self._probe_upward = True
+        self._probe_deferred_seconds = 0.0
         self._steps_to_probe = self.MIN_PROBE_INTERVAL
         self._times: dict[int, dict[int, deque[float]]] = {}  # class -> k -> seconds
         self._num_tested = [0.0] * max_drafts
@@ -197,7 +203,12 @@ class AutoSpeculation:
         return self._best
 
     def record(
-        self, num_seqs: int, num_drafts: int, seconds: float, accepted: Sequence[tuple[int, int]]
+        self,
+        num_seqs: int,
+        num_drafts: int,
+        seconds: float,
+        accepted: Sequence[tuple[int, int]],
+        deferred_seconds: float = 0.0,
     ) -> None:
         """Learn from a step.
 
@@ -205,6 +216,7 @@ class AutoSpeculation:
             num_drafts: what `choose` said.
             seconds: time of the step, without work put off from earlier steps.
             accepted: for each sequence its drafts and how many were accepted.
+            deferred_seconds: time of the work put off, which is part of what a trial costs.
         """
         for drafts, accepts in accepted:
             self._count(drafts, accepts)
@@ -213,6 +225,7 @@ class AutoSpeculation:
             times = self._times.setdefault(_size_class(num_seqs), {})
             times.setdefault(num_drafts, deque(maxlen=self.KEPT_TIMES)).append(seconds)
         self._is_warm = True
+        self._probe_deferred_seconds += deferred_seconds
         self._advance(num_seqs)
 
     def rate(self, num_seqs: int, num_drafts: int) -> float | None:
@@ -256,6 +269,7 @@ class AutoSpeculation:
             self._start_probe()
 
     def _start_probe(self) -> None:
+        self._probe_deferred_seconds = 0.0
         upward = self._probe_upward if 0 < self._best < self.max_drafts else self._best == 0
         self._probe_upward = not upward
         self._probe.extend([self._best + (1 if upward else -1)] * self.PROBE_STEPS)
@@ -270,6 +284,8 @@ class AutoSpeculation:
         neighbours = [k for k in (self._best - 1, self._best + 1) if 0 <= k <= self.max_drafts]
         slowest = min(rates[k] for k in neighbours)
         loss = self.PROBE_STEPS * max(0.0, 1.0 - slowest / max(rates[self._best], 1e-12))
+        step_seconds = self._seconds(_size_class(num_seqs), self._best)
+        loss += self._probe_deferred_seconds / step_seconds if step_seconds else 0.0
         interval = max(self.MIN_PROBE_INTERVAL, loss / self.PROBE_BUDGET)
         self._steps_to_probe = int(min(interval, self.MAX_PROBE_INTERVAL))
 

@@ -156,3 +156,18 @@ def test_the_real_models_sampled_text_has_its_exact_distribution():
         probs = (logits / params.temperature).softmax(-1)[len(PROMPT) - 1 :]
         expected[answer] = float(torch.stack([probs[j, i] for j, i in enumerate(answer)]).prod())
     assert chi_square_p_value(answers, expected) > 1e-3
+
+
+def test_auto_tries_seldom_when_a_trial_has_much_to_catch_up_with():
+    rng = np.random.default_rng(0)
+    num_trials = []
+    for deferred_seconds in (0.0, 5.0):
+        policy, drafted = AutoSpeculation(4), 0
+        for _ in range(2000):
+            num_drafts = policy.choose(1)
+            drafted += num_drafts > 0
+            cost = [1.0, 1.6, 2.2, 2.8, 3.4][num_drafts] + 0.01 * rng.random()
+            deferred = deferred_seconds if num_drafts else 0.0
+            policy.record(1, num_drafts, cost, [(num_drafts, 0)], deferred)
+        num_trials.append(drafted)
+    assert 0 < num_trials[1] < num_trials[0] / 3
