@@ -4,6 +4,7 @@ Nothing here imports torch, so that help and mistakes in the arguments show at o
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((argument for argument in arguments if argument in COMMANDS), None)
     args = build_parser(command).parse_args(arguments)
     module = import_module(f"qnext.cli.{args.command}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Where the terminal's encoding lacks a character, it is replaced; the answer goes on.
+        sys.stdout.reconfigure(errors="replace")
     try:
         return int(module.run(args) or 0)
     except KeyboardInterrupt:

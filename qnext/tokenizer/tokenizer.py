@@ -291,7 +291,10 @@ def _token_text(value: Any) -> str | None:
 def _find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8"), str(file)
+        try:
+            return file.read_text(encoding="utf-8"), str(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from error
     origin = str(folder / "tokenizer_config.json")
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name; "default" is the one for conversations

@@ -1,5 +1,6 @@
 """The command line answers at once and in one line."""
 
+import os
 import subprocess
 import sys
 import time
@@ -135,3 +136,13 @@ def test_a_missing_file_and_a_missing_package_are_named():
 def test_only_whole_commands_are_recognised():
     with pytest.raises(SystemExit):
         build_parser(None).parse_args(["gen"])
+
+
+def test_characters_that_the_terminal_lacks_are_replaced():
+    code = (
+        "import sys, qnext.cli.doctor\nfrom qnext.cli.main import main\n"
+        "qnext.cli.doctor.run = lambda args: print('caf\\u00e9')\nsys.exit(main(['doctor']))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout.split()) == (0, [b"caf?"])

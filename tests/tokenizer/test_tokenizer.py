@@ -164,3 +164,9 @@ def test_faults_are_named(folder, tmp_path):
     (folder / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         tokenizer_package.load(folder)
+
+
+def test_a_template_that_is_no_utf_8_is_named(folder):
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8"):
+        tokenizer_package.load(folder)
