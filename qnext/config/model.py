@@ -62,6 +62,10 @@ class RopeConfig:
                 f"partial_rotary_factor = {self.partial_rotary_factor}: "
                 "it must be above 0 and at most 1"
             )
+        if self.rope_type == "default" and self.factor != 1:
+            raise ValueError(
+                f"factor = {self.factor} of rope_type 'default': it must be 1, or rope_type 'yarn'"
+            )
         if self.rope_type == "yarn":
             if self.factor < 1:
                 raise ValueError(f"factor = {self.factor} of yarn: it must be at least 1")
@@ -412,6 +416,8 @@ def _check_sizes(config: ModelConfig) -> None:
         value, least = getattr(config, name), 0 if name in may_be_zero else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} = {value!r}: it must be an integer of at least {least}")
+    if not config.initializer_range >= 0:
+        raise ValueError(f"initializer_range = {config.initializer_range}: it must be at least 0")
     if not config.rms_norm_eps > 0:
         raise ValueError(f"rms_norm_eps = {config.rms_norm_eps}: it must be above 0")
 

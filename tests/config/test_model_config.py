@@ -117,6 +117,7 @@ def test_one_many_or_no_stop_ids_are_read():
         ({"rope_scaling": {"rope_type": "llama3"}}, ["rope_type = 'llama3'", "'yarn'"]),
         ({"rope_scaling": {"rope_type": "yarn"}}, ["factor is missing"]),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, ["factor = 0.5", "at least 1"]),
+        ({"rope_scaling": {"factor": 2}}, ["factor = 2.0", "rope_type 'default'", "must be 1"]),
         ({"rope_scaling": {"kind": "yarn"}}, ["rope_scaling.kind = 'yarn'"]),
         (
             {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e7}},
@@ -140,6 +141,7 @@ def test_one_many_or_no_stop_ids_are_read():
         ({"rms_norm_eps": 10**400}, ["rms_norm_eps = 1000", "a finite number"]),
         ({"hidden_size": 0}, ["hidden_size = 0", "at least 1"]),
         ({"norm_topk_prob": 1}, ["norm_topk_prob = 1", "true or false"]),
+        ({"initializer_range": -0.1}, ["initializer_range = -0.1", "at least 0"]),
         ({"rms_norm_eps": 0.0}, ["rms_norm_eps = 0.0"]),
         ({"dtype": "int8"}, ["dtype = 'int8'", "bfloat16"]),
         ({"dtype": "float32", "torch_dtype": "float16"}, ["dtype", "contradicts"]),
