@@ -48,6 +48,8 @@ def engine_options(
     if max_num_seqs is None:
         max_num_seqs = DEFAULT_MAX_SEQS.get(model.device.type, DEFAULT_MAX_SEQS["cpu"])
     require_integer("max_num_seqs", max_num_seqs, 1)
+    require_integer("prefill_chunk_tokens", prefill_chunk_tokens, 1)
+    require_integer("page_size", page_size, 1)
     longest = model.config.max_position_embeddings
     if max_model_len is not None:
         require_integer("max_model_len", max_model_len, 2)

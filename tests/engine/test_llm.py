@@ -130,6 +130,8 @@ def test_an_answer_ends_at_max_model_len(llm):
         ({"num_speculative_tokens": "many"}, "num_speculative_tokens is 'many'"),
         ({"num_speculative_tokens": 17}, 'want "auto" or an integer, 0 to 16'),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"page_size": 0}, "page_size is 0; want an integer, at least 1"),
+        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens is 0; want an integer"),
         ({"max_num_seqs": 1.5}, "max_num_seqs is 1.5; want an integer"),
         ({"max_model_len": "long"}, "max_model_len is 'long'; want an integer"),
         ({"max_model_len": 1}, "max_model_len is 1; want an integer, at least 2"),
