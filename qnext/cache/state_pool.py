@@ -45,6 +45,17 @@ class StatePool:
         self._window_decays = zeros(max_window, heads)
         self._window_inputs = zeros(max_window, config.conv_dim, dtype=dtype)
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All memory: convolution and recurrent states; window keys, changes, decays and inputs."""
+        return (
+            self.conv_state,
+            self.recurrent_state,
+            self._window_keys,
+            self._window_changes,
+            self._window_decays,
+            self._window_inputs,
+        )
+
     def reset(self, state_slots: torch.Tensor) -> None:
         """Make slots those of a sequence with no token yet. state_slots: [N]"""
         self.recurrent_state[:, state_slots] = 0

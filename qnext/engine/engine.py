@@ -67,6 +67,7 @@ class Engine:
             model,
             cache,
             chunk_tokens=options.prefill_chunk_tokens,
+            max_positions=options.max_model_len + options.max_drafts + 1,
             keeps_hidden=options.max_drafts > 0,
         )
         self.speculation: AutoSpeculation | FixedSpeculation
@@ -156,9 +157,10 @@ class Engine:
                 changed.append(request)
             first_row += num_rows
         self.runner.commit(windows, kept_rows, hidden)
-        seconds = time.perf_counter() - start - (self.runner.deferred_seconds - deferred_seconds)
+        deferred_seconds = self.runner.deferred_seconds - deferred_seconds
+        seconds = time.perf_counter() - start - deferred_seconds
         if len(outcomes) == len(requests):
-            self.speculation.record(len(requests), num_drafts, seconds, outcomes)
+            self.speculation.record(len(requests), num_drafts, seconds, outcomes, deferred_seconds)
         steps = self.metrics.num_steps_by_speculation
         steps[num_drafts] = steps.get(num_drafts, 0) + 1
         return changed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qnext.cache.hybrid import HybridCache
+from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
 from qnext.engine.sampler import LogitsRow, Purpose
@@ -72,15 +73,25 @@ class ModelRunner:
     Args:
         cache: made for this model, with the scheduler's number of pages and slots.
         chunk_tokens: rows a prompt is fed in.
+        max_positions: tokens of the longest sequence, drafts included.
         keeps_hidden: whether drafts may be asked for.
     """
 
     def __init__(
-        self, model: Qwen3Next, cache: HybridCache, *, chunk_tokens: int, keeps_hidden: bool
+        self,
+        model: Qwen3Next,
+        cache: HybridCache,
+        *,
+        chunk_tokens: int,
+        max_positions: int,
+        keeps_hidden: bool,
     ) -> None:
         self.model = model
         self.cache = cache
         self.device = model.device
+        # The whole-step kernel knows the layers of Qwen3Next, not those of its stand-ins.
+        has_fused = self.device.type == "cpu" and isinstance(model, Qwen3Next)
+        self._fused = FusedSteps(model, cache, max_positions) if has_fused else None
         self.max_window = cache.state_pool.max_window
         self.chunk_tokens = chunk_tokens
         self.keeps_hidden = keeps_hidden
@@ -90,6 +101,8 @@ class ModelRunner:
     def start(self, request: Request) -> None:
         """Clear the state of a sequence that begins, or begins again."""
         self.cache.reset_state([state_slot(request)])
+        if self._fused is not None:
+            self._fused.refresh()
         self._pending[request.request_id] = _PendingRows()
 
     def release(self, request: Request) -> None:
@@ -160,7 +173,11 @@ class ModelRunner:
         Returns:
             Hidden rows [T, C]; their logits [T, W].
         """
-        hidden = self.model(self._batch(windows, is_window=True), self.cache)
+        batch = self._batch(windows, is_window=True)
+        if self._fused is None:
+            hidden = self.model(batch, self.cache)
+        else:
+            hidden = self._fused.window(batch)
         return hidden, self._logits(hidden)
 
     @torch.inference_mode()
@@ -174,7 +191,7 @@ class ModelRunner:
             hidden: what `forward_windows` returned.
         """
         slots = tuple(state_slot(window.request) for window in windows)
-        self.cache.commit(slots, tuple(num_rows))
+        (self._fused or self.cache).commit(slots, tuple(num_rows))
         first_row = 0
         for window, kept in zip(windows, num_rows, strict=True):
             window.request.num_computed += kept
@@ -195,6 +212,8 @@ class ModelRunner:
     ) -> Tensor:
         """Run the draft layer on rows whose ids are the tokens after their positions. [T, C]"""
         batch = self._batch(rows, is_window=is_window)
+        if is_window and self._fused is not None:
+            return self._fused.mtp_step(batch.token_ids, hidden, batch)
         return self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)
 
     def _keep(self, request: Request, hidden: Tensor) -> None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from qnext.kernels.attention import torch as attention_torch_module
 from qnext.kernels.attention.reference import attention_reference
 from qnext.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_reference
+from qnext.kernels.decode_step.reference import decode_step_reference
 from qnext.kernels.experts import torch as experts_torch_module
 from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.gated_delta_rule import torch as delta_torch_module
@@ -105,10 +107,33 @@ def _torch_kernel(module: Any, name: str) -> tuple[Kernel, ...]:
     return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports),)
 
 
+def _numba_kernel(name: str) -> Kernel:
+    """A kernel whose module, and Numba with it, is loaded when a CPU first needs it."""
+    module = f"qnext.kernels.{name}.numba"
+
+    def supports(*args: Any, **kwargs: Any) -> str | None:
+        if torch.compiler.is_compiling():
+            return "inside a compiled graph"
+        if torch.is_grad_enabled():
+            return "it has no gradient, and gradients are on"
+        reason: str | None = import_module(module).supports(*args, **kwargs)
+        return reason
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), f"{name}_numba")(*args, **kwargs)
+
+    return Kernel("numba", function, supports)
+
+
 rms_norm = Op("rms_norm", rms_norm_reference)
 gated_rms_norm = Op("gated_rms_norm", gated_rms_norm_reference)
 rotary = Op("rotary", rotary_reference)
-linear = Op("linear", linear_reference, _torch_kernel(linear_torch_module, "linear"))
+linear = Op(
+    "linear",
+    linear_reference,
+    (_numba_kernel("linear"), *_torch_kernel(linear_torch_module, "linear")),
+)
+decode_step = Op("decode_step", decode_step_reference, (_numba_kernel("decode_step"),))
 linear_cross_entropy = Op(
     "linear_cross_entropy",
     linear_cross_entropy_reference,

@@ -1,0 +1,113 @@
+"""What the Numba kernels share: addresses of weights, widening of bfloat16, one dot product.
+
+Exactness rests on two rules. A sum over products runs in `dot`, whose order LLVM fixes when it
+compiles it and which is then the same for every row. Everything else is compiled without
+permission to reorder or contract, so that equal formulas give equal bits in different kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+# Reordering lets LLVM keep several partial sums in registers; NaN and infinity stay as they are.
+REORDERED = {"reassoc", "nsz", "contract"}
+
+
+@intrinsic
+def widen(typingctx: Any, value: Any) -> Any:
+    """A float32 of a float32, or of the bits of a bfloat16 held as uint16."""
+    if value == types.float32:
+        return types.float32(value), lambda context, builder, signature, args: args[0]
+    if value != types.uint16:
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to elements of the dtype of an array.
+
+    Weights go in as a table of addresses: a tuple of arrays would be compiled anew for every
+    number of layers.
+    """
+    if not isinstance(like, types.Array):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile for callers in Python, without reordering; cached on disk, without the lock."""
+    return njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Compile for other kernels only: without the wrappers for Python, which take a third of it."""
+    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return njit(cache=True, nogil=True, error_model="numpy", **wrappers)(function)
+
+
+@njit(
+    cache=True,
+    nogil=True,
+    error_model="numpy",
+    fastmath=REORDERED,
+    no_cpython_wrapper=True,
+    no_cfunc_wrapper=True,
+)
+def dot(a: Any, b: Any) -> Any:
+    """Sum of a[i] * b[i] in fp32; b may be bfloat16 bits. [K], [K]"""
+    total = np.float32(0.0)
+    for i in range(a.shape[0]):
+        total += a[i] * widen(b[i])
+    return total
+
+
+@compiled
+def rows_times_matrix(x: Any, weight: Any, out: Any) -> None:
+    """out[t, n] = weight[n] . x[t]; a row of the weight is read once for all t."""
+    for n in range(weight.shape[0]):
+        for t in range(x.shape[0]):
+            out[t, n] = dot(x[t], weight[n])
+
+
+@inner
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^-x) of one fp32 number."""
+    return np.float32(1.0) / (np.float32(1.0) + np.exp(-x))
+
+
+@inner
+def inverse_rms(row: Any, eps: Any) -> Any:
+    """1 / sqrt(mean square + eps). row: [C]"""
+    return np.float32(1.0) / np.sqrt(dot(row, row) / np.float32(row.shape[0]) + eps)
+
+
+@inner
+def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any) -> None:
+    """Zero-centred RMSNorm of each row. x, out: [T, C]"""
+    for t in range(x.shape[0]):
+        inverse = inverse_rms(x[t], eps)
+        for c in range(x.shape[1]):
+            out[t, c] = x[t, c] * inverse * (np.float32(1.0) + weight[c])
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """A NumPy view of a CPU tensor; bfloat16 as uint16 bits."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
