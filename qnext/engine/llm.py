@@ -31,8 +31,8 @@ from qnext.engine.text import OutputText, TextSegment
 from qnext.io.hf_config import read_generation_config
 from qnext.io.hub import resolve_checkpoint
 from qnext.model.qwen3_next import Qwen3Next
-from qnext.runtime.device import dtype_name, resolve_device, resolve_dtype, set_num_threads
-from qnext.runtime.log import get_logger, log_once
+from qnext.runtime.device import resolve_device, resolve_dtype, set_num_threads
+from qnext.runtime.log import get_logger
 from qnext.tokenizer import load as load_tokenizer
 from qnext.tokenizer.stream import IncrementalDetokenizer
 from qnext.tokenizer.tokenizer import Tokenizer
@@ -61,8 +61,8 @@ class LLM:
 
     Args:
         model: "nano", a checkpoint folder, or a hub id.
-        dtype: "auto" is the stored type on a GPU, and on a CPU float32 unless it multiplies
-            bfloat16 natively; else "float32", "bfloat16", "float16" or "float64".
+        dtype: of the weights: "auto" is the stored type; else "float32", "bfloat16", "float16" or
+            "float64". A GPU computes in it too; a CPU always computes in float32 at least.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N".
         max_model_len: tokens of prompt and answer together; by default what the model was made
             for, or less if the cache could not hold that.
@@ -100,9 +100,11 @@ class LLM:
         set_num_threads(num_threads)
         target = resolve_device(device)
         folder = resolve_checkpoint(model)
-        opened = Qwen3Next.from_pretrained(
-            folder, dtype=_compute_dtype(dtype, target), device=target
-        )
+        wanted = dtype if dtype == "auto" else resolve_dtype(dtype)
+        opened = Qwen3Next.from_pretrained(folder, dtype=wanted, device=target)
+        if target.type == "cpu":
+            # Widening is exact, and most CPUs multiply 16-bit numbers slower than float32.
+            opened.compute_dtype = torch.promote_types(opened.dtype, torch.float32)
         self._set_up(
             opened,
             _open_tokenizer(folder) if tokenizer is None else load_tokenizer(tokenizer),
@@ -394,18 +396,3 @@ def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -
 def _open_tokenizer(folder: Path) -> Tokenizer | None:
     has_files = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return load_tokenizer(folder) if has_files else None
-
-
-def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
-    """The dtype to load weights in: "auto" is left only where the stored one runs well."""
-    if dtype != "auto":
-        return resolve_dtype(dtype)
-    if device.type != "cpu" or torch.cpu._is_avx512_bf16_supported():
-        return "auto"
-    chosen = torch.float32
-    log_once(
-        _logger,
-        f"this CPU has no native bfloat16 products: weights are held in {dtype_name(chosen)}",
-        level=20,
-    )
-    return chosen

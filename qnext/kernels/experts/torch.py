@@ -96,12 +96,11 @@ def _row_by_row(
 ) -> torch.Tensor:
     """Each pair by itself, the sum over experts in the order of top_ids."""
     num_tokens, num_active = top_ids.shape
-    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     expert_ids = top_ids.reshape(-1).tolist()
     x = aligned_rows(x)
     hidden = empty_rows(x, len(expert_ids), gate_up.shape[1])
     for pair_idx, expert_idx in enumerate(expert_ids):
-        torch.mv(gate_up[expert_idx], x[pair_idx // num_active], out=hidden[pair_idx])
+        torch.mv(gate_up[expert_idx].to(x.dtype), x[pair_idx // num_active], out=hidden[pair_idx])
     gate, up = hidden.chunk(2, dim=-1)
     # Whole vectors whatever the number of rows: the tail of a vector loop rounds silu differently.
     size = down.shape[2]
@@ -109,7 +108,7 @@ def _row_by_row(
     acted = aligned_rows(F.silu(F.pad(gate, [0, padded - size]))[:, :size] * up)
     slots = empty_rows(x, len(expert_ids), down.shape[1])
     for pair_idx, expert_idx in enumerate(expert_ids):
-        torch.mv(down[expert_idx], acted[pair_idx], out=slots[pair_idx])
+        torch.mv(down[expert_idx].to(x.dtype), acted[pair_idx], out=slots[pair_idx])
     wide = torch.promote_types(x.dtype, torch.float32)
     weighted = (
         slots.unflatten(0, (num_tokens, num_active)).to(wide) * top_weights.to(wide)[..., None]
