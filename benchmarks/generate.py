@@ -5,8 +5,9 @@
 
 A preset other than nano gets random weights, whose drafts are never accepted: compare those
 without MTP only. Prefill is prompt length over the time of prompt and first token; decode is
-B * n / (t(n + 1) - t(1)). The configurations take turns, so that a disturbance of the machine
-falls on all of them; a greedy check first makes sure that all of them write the same tokens.
+B * n over the time from when all sequences have their first token to the end. The configurations
+take turns, so that a disturbance of the machine falls on all of them; a greedy check first makes
+sure that all of them write the same tokens.
 """
 
 import argparse
@@ -43,11 +44,12 @@ Prompt = str | dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of generate: wall seconds, tokens written, share of drafts accepted."""
+    """One call of generate: wall seconds, those after the first tokens, what was written."""
 
     seconds: float
+    decode_seconds: float
     token_ids: list[list[int]]
-    acceptance: float | None
+    acceptance: float | None  # share of drafts
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -118,8 +120,12 @@ def run(engine: LLM, prompts: list[Prompt], num_tokens: int) -> Timing:
     seconds = time.perf_counter() - start
     drafted = sum(output.metrics.num_draft_tokens for output in outputs)
     accepted = sum(output.metrics.num_accepted_tokens for output in outputs)
+    # Prompts are read one after another before any sequence goes on.
+    first = max(output.metrics.first_token_time or 0.0 for output in outputs)
+    last = max(output.metrics.finished_time or 0.0 for output in outputs)
     return Timing(
         seconds,
+        last - first,
         [list(output.outputs[0].token_ids) for output in outputs],
         accepted / drafted if drafted else None,
     )
@@ -159,10 +165,9 @@ def measure_decode(args: argparse.Namespace, engines: dict[str, LLM]) -> list[Me
         notes = {}
         for _ in range(args.repeats):
             for drafts, engine in engines.items():
-                first = run(engine, prompts, 1).seconds
-                whole = run(engine, prompts, args.tokens + 1)
-                values[drafts].append(count * args.tokens / (whole.seconds - first))
-                share = whole.acceptance
+                timing = run(engine, prompts, args.tokens + 1)
+                values[drafts].append(count * args.tokens / timing.decode_seconds)
+                share = timing.acceptance
                 notes[drafts] = "" if share is None else f"accepted {share:.0%} of drafts"
         names = {drafts: f"decode {count} x {args.tokens}, k = {drafts}" for drafts in engines}
         measurements += [
