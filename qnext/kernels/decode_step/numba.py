@@ -143,12 +143,19 @@ def _saying_when_slow() -> Iterator[None]:
 def commit_window(
     step: DecodeStep, state_slots: tuple[int, ...], num_accepted: tuple[int, ...]
 ) -> None:
-    """As `HybridCache.commit`, bit for bit, in one call for all layers."""
+    """As `HybridCache.commit`, bit for bit, in one call for all layers.
+
+    Args:
+        step: one that `decode_step_numba` has run.
+        state_slots: slots of the sequences.
+        num_accepted: rows of each window to replay.
+    """
+    prepared: _Prepared = step.prepared
     if step.config.num_linear_layers:
         L.commit_rows(
             np.array(state_slots, dtype=np.int64),
             np.array(num_accepted, dtype=np.int64),
-            *_state_pools(step),
+            *prepared.state_pools,
         )
 
 
