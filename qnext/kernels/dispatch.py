@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,11 +42,16 @@ _logger = logging.getLogger("qnext.kernels")
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend's function for an op, and its `supports`, which says why it cannot run."""
+    """One backend's function for an op, and its `supports`, which says why it cannot run.
+
+    `serves` says in words what it takes, and `machine_objection` why this machine never runs it.
+    """
 
     backend: str
     function: Callable[..., Any]
     supports: Callable[..., str | None]
+    serves: str
+    machine_objection: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ class Op:
         _logger.info("%s: not on %s: %s", self.name, backend, reason)
 
 
-def _torch_kernel(module: Any, name: str) -> tuple[Kernel, ...]:
-    return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports),)
+def _torch_kernel(module: Any, name: str, serves: str = "all devices") -> tuple[Kernel, ...]:
+    return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports, serves),)
 
 
 def _numba_kernel(name: str) -> Kernel:
@@ -122,7 +128,13 @@ def _numba_kernel(name: str) -> Kernel:
     def function(*args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(module), f"{name}_numba")(*args, **kwargs)
 
-    return Kernel("numba", function, supports)
+    return Kernel("numba", function, supports, "windows on a CPU, fp32 rows", _numba_objection)
+
+
+def _numba_objection() -> str | None:
+    if torch.cuda.is_available():
+        return "it runs on CPUs, and the default device is a GPU"
+    return None if find_spec("numba") else "numba is not installed"
 
 
 rms_norm = Op("rms_norm", rms_norm_reference)
@@ -143,7 +155,11 @@ causal_conv1d = Op("causal_conv1d", causal_conv1d_reference)
 causal_conv1d_window = Op("causal_conv1d_window", causal_conv1d_window_reference)
 router = Op("router", router_reference)
 gated_delta_window = Op("gated_delta_window", gated_delta_window_reference)
-experts = Op("experts", experts_reference, _torch_kernel(experts_torch_module, "experts"))
+experts = Op(
+    "experts",
+    experts_reference,
+    _torch_kernel(experts_torch_module, "experts", "whole 16-byte rows, bf16 on a GPU"),
+)
 attention = Op("attention", attention_reference, _torch_kernel(attention_torch_module, "attention"))
 paged_attention = Op(
     "paged_attention",
@@ -198,12 +214,20 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[dict[str, str]]
 
 
 def backend_report() -> list[OpChoice]:
-    """The backend that each op takes by default on this machine, and why the others were not."""
+    """The backend that each op takes first on this machine, why, and why others are out."""
     choices = []
     for op in OPS.values():
-        if op.kernels:
-            first = op.kernels[0].backend
-            choices.append(OpChoice(op.name, first, "fastest that has this op"))
+        rejected: dict[str, str] = {}
+        for kernel in op.kernels:
+            objection = kernel.machine_objection()
+            if objection is None:
+                reason = f"fastest that has this op, for {kernel.serves}; then " + ", ".join(
+                    name for name in op.backends() if name not in (kernel.backend, *rejected)
+                )
+                choices.append(OpChoice(op.name, kernel.backend, reason, rejected))
+                break
+            rejected[kernel.backend] = objection
         else:
-            choices.append(OpChoice(op.name, "reference", "plain PyTorch is the only one so far"))
+            reason = "plain PyTorch is the only one so far" if not rejected else "none other runs"
+            choices.append(OpChoice(op.name, "reference", reason, rejected))
     return choices
