@@ -5,9 +5,15 @@ compiles it and which is then the same for every row. Everything else is compile
 permission to reorder or contract, so that equal formulas give equal bits in different kernels.
 """
 
+import hashlib
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -49,25 +55,55 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like.dtype)(types.int64, like), generate
 
 
+def cache_folder() -> str:
+    """Folder of the compiled kernels: one for each state of all sources, versions and CPU.
+
+    Numba looks at the file of a function alone, and would go on using code into which it had
+    inlined a function of another file that has changed since.
+    """
+    digest = hashlib.sha256()
+    kernels = Path(__file__).parent
+    for path in sorted(kernels.rglob("*.py")):
+        digest.update(path.relative_to(kernels).as_posix().encode())
+        digest.update(path.read_bytes())
+    digest.update(
+        f"{numba.__version__} {sys.version} {llvmlite.binding.get_host_cpu_name()}".encode()
+    )
+    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return str(Path(os.path.expanduser(base)) / "qnext" / f"kernels-{digest.hexdigest()[:16]}")
+
+
+_CACHE_FOLDER = cache_folder()
+
+
+def _compile(function: Callable[..., Any], **options: Any) -> Any:
+    before = numba.config.CACHE_DIR
+    # Read by Numba while it decorates; other packages' functions keep their own places. Where the
+    # folder cannot be written, Numba goes on to the next place it knows.
+    numba.config.CACHE_DIR = _CACHE_FOLDER
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile for callers in Python, without reordering; cached on disk, without the lock."""
-    return njit(cache=True, nogil=True, error_model="numpy")(function)
+    return _compile(function)
 
 
 def inner(function: Callable[..., Any]) -> Any:
     """Compile for other kernels only: without the wrappers for Python, which take a third of it."""
+    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def reordered(function: Callable[..., Any]) -> Any:
+    """As `inner`, with permission to reorder sums; for `dot` alone."""
     wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return njit(cache=True, nogil=True, error_model="numpy", **wrappers)(function)
+    return _compile(function, fastmath=REORDERED, **wrappers)
 
 
-@njit(
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-    fastmath=REORDERED,
-    no_cpython_wrapper=True,
-    no_cfunc_wrapper=True,
-)
+@reordered
 def dot(a: Any, b: Any) -> Any:
     """Sum of a[i] * b[i] in fp32; b may be bfloat16 bits. [K], [K]"""
     total = np.float32(0.0)

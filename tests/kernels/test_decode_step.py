@@ -1,5 +1,10 @@
 """The whole step as one Numba function against the model's layers."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -222,3 +227,29 @@ def test_the_kernel_is_the_default_on_a_cpu():
     with torch.inference_mode():
         fused.window(_batch(range(4)))
     assert fused.trunk.prepared is not None
+
+
+def test_compiled_code_is_kept_in_a_folder_of_its_own_for_these_sources(tmp_path):
+    program = (
+        "import torch\n"
+        "from qnext.kernels.cpu_lanes import cache_folder\n"
+        "from qnext.kernels.linear.numba import linear_numba\n"
+        "x, w = torch.ones(2, 3), torch.ones(4, 3)\n"
+        "assert linear_numba(x, w, True).tolist() == [[3.0] * 4] * 2\n"
+        "print(cache_folder())\n"
+    )
+
+    def run(folder):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
+    folder = run(tmp_path)
+    assert folder.parent == tmp_path / "qnext"
+    assert list(folder.rglob("*.nbi")), "an index of compiled code"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    run(blocked)  # a place that cannot be a folder: compiled all the same
