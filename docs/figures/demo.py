@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from qnext import LLM, SamplingParams
+from qnext import LLM
 
 FOLDER = Path(__file__).resolve().parent
 MAKEFILE = (FOLDER.parents[1] / "Makefile").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def main() -> None:
     """Write the text once and save the picture."""
     prompt = setting(r"PROMPT \?= (.+)")
     llm = LLM("nano", num_speculative_tokens=int(setting(r"--num-speculative-tokens (\d+)")))
-    params = SamplingParams(
+    params = llm.get_default_sampling_params(
         temperature=float(setting(r"--temperature ([\d.]+)")),
         seed=int(setting(r"--seed (\d+)")),
         max_tokens=int(setting(r"--max-tokens (\d+)")),
