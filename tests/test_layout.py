@@ -35,8 +35,6 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 80
 MAX_KERNEL_LINES = 150
 BACKENDS = ("torch", "numba", "triton_fwd", "triton_bwd")
-# Whole steps in one kernel: without a reference.py of their own they stand for the model's layers.
-COMPOSITES = ("decode_step", "draft_step")
 # The public entry points, which import what they name only when asked for it.
 ALLOWED_EXPORTS = {"qnext/__init__.py", "qnext/tokenizer/__init__.py"}
 
@@ -269,20 +267,11 @@ def kernel_folders() -> list[Path]:
     return sorted(path for path in kernels.iterdir() if path.is_dir() and any(path.glob("*.py")))
 
 
-def op_folders() -> list[Path]:
-    return [folder for folder in kernel_folders() if folder not in composite_folders()]
-
-
-def composite_folders() -> list[Path]:
-    folders = [folder for folder in kernel_folders() if folder.name in COMPOSITES]
-    return [folder for folder in folders if not (folder / "reference.py").is_file()]
-
-
 def top_functions(path: Path) -> dict[str, ast.FunctionDef]:
     return {node.name: node for node in tree_of(path).body if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("folder", op_folders(), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", kernel_folders(), ids=lambda folder: folder.name)
 def test_every_op_has_a_reference_with_the_same_signature_as_its_backends(folder):
     assert (folder / "reference.py").is_file(), f"{folder.name} has no reference.py"
     op = folder.name
@@ -295,12 +284,6 @@ def test_every_op_has_a_reference_with_the_same_signature_as_its_backends(folder
         entry = top_functions(path).get(f"{op}_{backend}")
         assert entry, f"{op}/{backend}.py defines no {op}_{backend}"
         assert signature_of(entry) == signature_of(reference), f"{op}: {backend} and reference part"
-
-
-def test_every_composite_without_a_reference_is_compared_with_the_layers():
-    tests = REPO_ROOT / "tests" / "kernels"
-    names = [f"test_{folder.name}.py" for folder in composite_folders()]
-    assert all((tests / name).is_file() for name in names), f"want {names} in tests/kernels"
 
 
 @pytest.mark.parametrize(

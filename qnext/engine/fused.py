@@ -1,7 +1,5 @@
 """Whole-step kernels for windows on a CPU, where one exists for the model and its cache."""
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,6 @@ from qnext.kernels import dispatch
 from qnext.kernels.decode_step.reference import DecodeStep, WindowRows
 from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
-from qnext.model.norm import RMSNorm
 from qnext.model.qwen3_next import Qwen3Next, pad_window
 
 
@@ -50,8 +47,7 @@ class FusedSteps:
     def mtp_step(self, next_token_ids: Tensor, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """As `Qwen3Next.mtp_step`. [T, C]"""
         head = self.model.mtp
-        assert head is not None, "drafts of a model without an MTP head"
-        assert self.draft is not None, "drafts of a model without an MTP head"
+        assert head is not None and self.draft is not None, "drafts of a model without an MTP head"
         x = head.combine(self.model.embed(next_token_ids), hidden, batch)
         out: Tensor = dispatch.decode_step(self.draft, _rows(x, batch))
         return out
@@ -72,6 +68,10 @@ class FusedSteps:
         modules = dict(model.named_modules())
         layers = [modules[name.rstrip(".")] for name in names]
         norm = modules[final_norm.removesuffix(".weight")]
+        mixer_idx = []
+        for layer in layers:
+            assert isinstance(layer, DecoderLayer), f"a layer is a {type(layer).__name__}"
+            mixer_idx.append(layer.mixer.layer_idx)
 
         def run(rows: WindowRows) -> Tensor:
             batch = pad_window(rows.batch)
@@ -79,16 +79,15 @@ class FusedSteps:
             x = F.pad(rows.x, [0, 0, 0, extra])
             angles = model.rotary_table(batch.position_ids, model.dtype)
             for layer in layers:
-                assert isinstance(layer, DecoderLayer), f"a layer is a {type(layer).__name__}"
                 x, _ = layer(x, angles, batch, self.cache)
-            assert isinstance(norm, RMSNorm), f"the norm is a {type(norm).__name__}"
-            return norm(x)[: rows.x.shape[0]]
+            states: Tensor = norm(x)
+            return states[: rows.x.shape[0]]
 
         return DecodeStep(
             config=model.config,
             parameters=dict(model.named_parameters()),
             layer_names=tuple(names),
-            mixer_idx=tuple(_mixer_idx(layer) for layer in layers),
+            mixer_idx=tuple(mixer_idx),
             keys=self.cache.kv_pool.k,
             values=self.cache.kv_pool.v,
             page_size=self.cache.page_size,
@@ -97,11 +96,6 @@ class FusedSteps:
             final_norm=final_norm,
             run_layers=run,
         )
-
-
-def _mixer_idx(layer: torch.nn.Module) -> int:
-    assert isinstance(layer, DecoderLayer), f"a layer is a {type(layer).__name__}"
-    return layer.mixer.layer_idx
 
 
 def _rows(x: Tensor, batch: ForwardBatch) -> WindowRows:
@@ -114,5 +108,5 @@ def _rows(x: Tensor, batch: ForwardBatch) -> WindowRows:
         context_lens=places.context_lens,
         state_slots=places.state_slots,
         page_table=places.page_table,
-        batch=replace(batch),
+        batch=batch,
     )

@@ -23,7 +23,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    flush_to_disk(path.parent)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -32,9 +32,9 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts the folder's entries on disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's entries, are on disk, to survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

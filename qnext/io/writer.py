@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qnext.io.atomic import atomic_file, sync_folder
+from qnext.io.atomic import atomic_file, flush_to_disk
 from qnext.io.header import encode_header, tensor_bytes
 from qnext.io.json_file import write_json
 from qnext.io.reader import DTYPE_CODES
@@ -116,7 +116,7 @@ def write_checkpoint(
         raise
     for path in old_files - set(written):
         path.unlink(missing_ok=True)
-    sync_folder(folder)
+    flush_to_disk(folder)
 
 
 def _write_index(folder: Path, specs: TensorSpecs, weight_map: Mapping[str, str]) -> None:

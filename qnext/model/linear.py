@@ -7,18 +7,18 @@ from qnext.kernels import dispatch
 from qnext.model.batch import ForwardBatch
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, batch: ForwardBatch | None) -> torch.Tensor:
+def project(x: torch.Tensor, weight: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
     """Multiply rows by a weight; the padding rows of a window give zeros.
 
     Args:
         x: [T, C]
         weight: [N, C]
-        batch: what the rows belong to; None for rows of no window.
+        batch: what the rows belong to.
 
     Returns:
         [T, N]
     """
-    if batch is None or not batch.row_stable:
+    if not batch.row_stable:
         out: torch.Tensor = dispatch.linear(x, weight)
         return out
     return fill_rows(dispatch.linear(x[: batch.num_rows], weight, row_stable=True), x.shape[0])

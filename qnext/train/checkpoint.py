@@ -7,7 +7,6 @@ a folder of the final name is always whole, whenever the process dies.
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from qnext.io.atomic import flush_to_disk
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d{8,})")
@@ -71,12 +72,12 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> Path:
     }
     (partial / _STATE).write_text(json.dumps(document, sort_keys=True), encoding="utf-8")
     for path in (*partial.iterdir(), partial):
-        _flush(path)
+        flush_to_disk(path)
     if final.exists():
         # Left by a run that went on from an older checkpoint; moved aside in one rename.
         final.rename(folder / f".partial_old_{state.step:08d}")
     partial.rename(final)
-    _flush(folder)
+    flush_to_disk(folder)
     for _, old in _complete(folder)[:-keep]:
         # Renamed first: a folder of the final name is never half removed.
         doomed = folder / f".partial_{old.name}"
@@ -130,12 +131,3 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -118,7 +118,7 @@ def _chunked(
     log_decay, within = _decay(g, seg)
     reaches_in = (seg == seg_in).to(g.dtype)
     from_start = (log_decay.exp() * reaches_in)[..., None]  # [n, R, H, L, 1]
-    to_end = _exp_difference(log_decay[..., -1:], log_decay) * (seg == seg_out)
+    to_end = (log_decay[..., -1:] - log_decay).exp() * (seg == seg_out)
 
     overlap = (k @ k.transpose(-1, -2)) * within.tril(-1) * beta[..., None]
     inverse = _UnitLowerInverse.apply(overlap)  # [n, R, H, L, L]
@@ -162,10 +162,6 @@ def _running_sum(x: torch.Tensor) -> torch.Tensor:
         # torch's own has no fixed order there; a product with ones does.
         return x @ x.new_ones(x.shape[-1], x.shape[-1]).triu()
     return x.cumsum(-1)
-
-
-def _exp_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a - b).exp()
 
 
 class _UnitLowerInverse(torch.autograd.Function):
