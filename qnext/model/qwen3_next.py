@@ -127,8 +127,11 @@ class Qwen3Next(nn.Module):
         Returns:
             [T, W], fp32 at least.
         """
-        logits = dispatch.linear(hidden, self.head_weight, row_stable=row_stable)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits: torch.Tensor = dispatch.linear(
+            hidden, self.head_weight, row_stable=row_stable, out_dtype=wide
+        )
+        return logits
 
     def mtp_step(
         self,

@@ -12,6 +12,7 @@ from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_re
 from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.experts.torch import experts_torch, supports
 from qnext.kernels.linear.reference import linear_reference
+from qnext.kernels.linear.torch import linear_torch
 from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.paged_attention.torch import paged_attention_torch
 from qnext.kernels.rotary.reference import rotary_reference
@@ -155,3 +156,21 @@ def test_a_backend_named_for_the_model_lists_the_ops_that_lack_it():
         assert bound["gated_delta_rule"] == "torch"
         assert bound["rms_norm"] == "reference"
     assert {choice.op for choice in dispatch.backend_report()} == set(dispatch.OPS)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_product_in_bfloat16_can_leave_in_float32(device):
+    torch.manual_seed(0)
+    x = torch.randn(5, 64, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(40, 64, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        out = linear_torch(x, weight, out_dtype=torch.float32)
+    exact = linear_reference(x, weight, out_dtype=torch.float64)
+    assert out.dtype == torch.float32
+    assert exact.dtype == torch.float64
+    # On a GPU nothing is rounded to bfloat16 on the way; a CPU has no such product.
+    bound = 1e-5 if device == "cuda" else 2**-8
+    assert (out - exact).norm() / exact.norm() < bound
+    trained = weight.clone().requires_grad_()
+    linear_torch(x, trained, out_dtype=torch.float32).sum().backward()
+    assert trained.grad.dtype == torch.bfloat16

@@ -5,7 +5,10 @@ import torch.nn.functional as F
 
 
 def linear_reference(
-    x: torch.Tensor, weight: torch.Tensor, row_stable: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    row_stable: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Multiply rows by a weight: y = x W^T.
 
@@ -14,10 +17,13 @@ def linear_reference(
         weight: [N, C]; cast to the dtype of x, so that fp32 masters serve bf16 activations.
         row_stable: each row's sum runs in one order whatever the other rows are. A matrix
             product picks its blocking from the number of rows; one call per row cannot.
+        out_dtype: dtype of the result, computed without rounding to a narrower one; None for
+            the dtype of x.
 
     Returns:
-        [T, N] in the dtype of x.
+        [T, N]
     """
+    x = x.to(out_dtype or x.dtype)
     weight = weight.to(x.dtype)
     if not row_stable or x.shape[0] == 1:
         return F.linear(x, weight)

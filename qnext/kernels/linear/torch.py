@@ -6,19 +6,41 @@ import torch.nn.functional as F
 VECTOR_BYTES = 64  # widest vector, and the alignment of torch's allocations
 
 
-def supports(x: torch.Tensor, weight: torch.Tensor, row_stable: bool = False) -> str | None:
+def supports(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    row_stable: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> str | None:
     """Say why this backend cannot run, or None."""
     if row_stable and x.requires_grad:
         return "row by row it writes into one buffer, which has no gradient"
     return None
 
 
-def linear_torch(x: torch.Tensor, weight: torch.Tensor, row_stable: bool = False) -> torch.Tensor:
-    """As `linear_reference`; row_stable takes one matrix-vector product per row."""
+def linear_torch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    row_stable: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """As `linear_reference`; row_stable takes one matrix-vector product per row.
+
+    A wider out_dtype is what a GPU's product sums in anyway. On a CPU, which has no such product,
+    and where a gradient is wanted, the result is rounded to the dtype of x first.
+    """
     weight = weight.to(x.dtype)
-    if not row_stable:
-        return F.linear(x, weight)
-    return matrix_times_rows(weight, x)
+    if row_stable:
+        out = matrix_times_rows(weight, x)
+    elif out_dtype in (None, x.dtype) or not x.is_cuda or _wants_gradient(x, weight):
+        out = F.linear(x, weight)
+    else:
+        return torch.mm(x, weight.t(), out_dtype=out_dtype)
+    return out.to(out_dtype or x.dtype)
+
+
+def _wants_gradient(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
 def matrix_times_rows(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
