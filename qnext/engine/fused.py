@@ -1,15 +1,18 @@
 """Whole-step kernels for windows on a CPU, where one exists for the model and its cache."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qnext.cache.hybrid import HybridCache
+from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.kernels import dispatch
-from qnext.kernels.decode_step.reference import DecodeStep, WindowRows
+from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
 from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
-from qnext.model.qwen3_next import Qwen3Next, pad_window
+from qnext.model.qwen3_next import Qwen3Next
 
 
 class FusedSteps:
@@ -24,68 +27,99 @@ class FusedSteps:
     def __init__(self, model: Qwen3Next, cache: HybridCache, max_positions: int) -> None:
         self.model = model
         self.cache = cache
+        self._is_deferring = False  # the last window's kernel replays its rows later
         rotation = model.rotary_table(torch.arange(max_positions), model.dtype)
         count = model.config.num_hidden_layers
-        self.trunk = self._step([f"layers.{idx}." for idx in range(count)], "norm.weight", rotation)
-        self.draft = None
+        self.trunk = self._step([f"layers.{idx}." for idx in range(count)], "", rotation)
+        self.draft: DecodeStep | None = None
         if model.mtp is not None:
-            self.draft = self._step(["mtp.layer."], "mtp.norm.weight", rotation)
+            self.draft = self._step(["mtp.layer."], "mtp.", rotation)
 
-    def refresh(self) -> None:
-        """Read the weights anew: training may have changed them since the last sequence began."""
-        for step in (self.trunk, self.draft):
-            if step is not None:
-                step.prepared = None
+    def start(self, slot: int) -> None:
+        """Prepare for a new sequence; training may have changed the weights since the last one."""
+        if self.trunk.prepared is not None:
+            self._numba.pending_rows(self.trunk)[slot] = 0
+            self._numba.refresh(self.trunk)
+        if self.draft is not None and self.draft.prepared is not None:
+            self._numba.refresh(self.draft)
 
-    def window(self, batch: ForwardBatch) -> Tensor:
-        """States after the trunk's final norm of a window's rows. [T, C]"""
-        out: Tensor = dispatch.decode_step(
-            self.trunk, _rows(self.model.embed(batch.token_ids), batch)
-        )
+    def window(self, windows: Sequence[SequenceRows]) -> StepOutput:
+        """Run windows through the trunk and its head; states wait for `commit`."""
+        out: StepOutput = dispatch.decode_step(self.trunk, self._rows(windows, None))
+        self._is_deferring = out.best is not None
         return out
 
-    def mtp_step(self, next_token_ids: Tensor, hidden: Tensor, batch: ForwardBatch) -> Tensor:
-        """As `Qwen3Next.mtp_step`. [T, C]"""
-        head = self.model.mtp
-        assert head is not None and self.draft is not None, "drafts of a model without an MTP head"
-        x = head.combine(self.model.embed(next_token_ids), hidden, batch)
-        out: Tensor = dispatch.decode_step(self.draft, _rows(x, batch))
+    def mtp_step(self, rows: Sequence[SequenceRows], hidden: Tensor) -> StepOutput:
+        """One step of the draft layer and the head on rows whose ids are the tokens after them.
+
+        Args:
+            hidden: as for `Qwen3Next.mtp_step`. [T, C]
+        """
+        assert self.draft is not None, "drafts of a model without an MTP head"
+        out: StepOutput = dispatch.decode_step(self.draft, self._rows(rows, hidden))
         return out
 
     def commit(self, state_slots: tuple[int, ...], num_accepted: tuple[int, ...]) -> None:
         """As `HybridCache.commit`, by the kernel that ran the window."""
-        if self.trunk.prepared is None:
+        if self._is_deferring:
+            self._numba.commit_window(self.trunk, state_slots, num_accepted)
+        else:
             self.cache.commit(state_slots, num_accepted)
+
+    def settle(self) -> None:
+        """Take accepted rows into the states now, for others to read."""
+        if self.trunk.prepared is None:
             return
-        from qnext.kernels.decode_step.numba import commit_window
+        pending = self._numba.pending_rows(self.trunk)
+        slots = tuple(pending.nonzero()[0].tolist())
+        if slots and self.model.config.num_linear_layers:
+            self.cache.commit(slots, tuple(pending[list(slots)].tolist()))
+        pending[:] = 0
 
-        commit_window(self.trunk, state_slots, num_accepted)
+    @property
+    def _numba(self) -> Any:
+        """The kernel's module, which is loaded when a CPU first needs it."""
+        from qnext.kernels.decode_step import numba
 
-    def _step(
-        self, names: list[str], final_norm: str, rotation: tuple[Tensor, Tensor]
-    ) -> DecodeStep:
+        return numba
+
+    def _rows(self, windows: Sequence[SequenceRows], hidden: Tensor | None) -> WindowRows:
+        def make_batch() -> ForwardBatch:
+            device = self.model.device
+            return build_batch(windows, self.cache.page_size, device, is_window=True)
+
+        return WindowRows(
+            token_ids=[token_id for rows in windows for token_id in rows.token_ids],
+            query_lens=[len(rows.token_ids) for rows in windows],
+            context_lens=[rows.start for rows in windows],
+            state_slots=[state_slot(rows.request) for rows in windows],
+            pages=[rows.request.page_ids for rows in windows],
+            hidden=hidden,
+            make_batch=make_batch,
+        )
+
+    def _step(self, names: list[str], prefix: str, rotation: tuple[Tensor, Tensor]) -> DecodeStep:
         model = self.model
+        parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
-        layers = [modules[name.rstrip(".")] for name in names]
-        norm = modules[final_norm.removesuffix(".weight")]
         mixer_idx = []
-        for layer in layers:
+        for name in names:
+            layer = modules[name.rstrip(".")]
             assert isinstance(layer, DecoderLayer), f"a layer is a {type(layer).__name__}"
             mixer_idx.append(layer.mixer.layer_idx)
 
-        def run(rows: WindowRows) -> Tensor:
-            batch = pad_window(rows.batch)
-            extra = batch.token_ids.shape[0] - rows.x.shape[0]
-            x = F.pad(rows.x, [0, 0, 0, extra])
-            angles = model.rotary_table(batch.position_ids, model.dtype)
-            for layer in layers:
-                x, _ = layer(x, angles, batch, self.cache)
-            states: Tensor = norm(x)
-            return states[: rows.x.shape[0]]
+        def run(rows: WindowRows) -> StepOutput:
+            self.settle()
+            batch = rows.make_batch()
+            if rows.hidden is None:
+                hidden = model(batch, self.cache)
+            else:
+                hidden = model.mtp_step(batch.token_ids, rows.hidden, batch, self.cache)
+            return StepOutput(hidden, model.compute_logits(hidden, row_stable=True))
 
         return DecodeStep(
             config=model.config,
-            parameters=dict(model.named_parameters()),
+            parameters=parameters,
             layer_names=tuple(names),
             mixer_idx=tuple(mixer_idx),
             keys=self.cache.kv_pool.k,
@@ -93,20 +127,7 @@ class FusedSteps:
             page_size=self.cache.page_size,
             states=self.cache.state_pool.tensors(),
             rotation=rotation,
-            final_norm=final_norm,
+            prefix=prefix,
+            head="embed_tokens" if model.lm_head is None else "lm_head",
             run_layers=run,
         )
-
-
-def _rows(x: Tensor, batch: ForwardBatch) -> WindowRows:
-    places = batch.cache_inputs
-    assert places is not None, "a window has its places in the cache"
-    assert batch.seq_lens is not None, "a window has host lengths"
-    return WindowRows(
-        x=x,
-        query_lens=batch.seq_lens,
-        context_lens=places.context_lens,
-        state_slots=places.state_slots,
-        page_table=places.page_table,
-        batch=batch,
-    )

@@ -26,11 +26,15 @@ MAX_PENDING_ROWS = 2048
 
 
 class TensorRows:
-    """Rows of raw logits on the model's device, brought over when needed. [T, W]"""
+    """Rows of raw logits on the model's device, brought over when needed. [T, W]
 
-    def __init__(self, logits: Tensor) -> None:
+    Args:
+        argmax: of each row, where the kernel has worked it out.
+    """
+
+    def __init__(self, logits: Tensor, argmax: Sequence[int] | None = None) -> None:
         self._logits = logits
-        self._argmax: list[int] | None = None
+        self._argmax = argmax
         self._host: Tensor | None = None
 
     def argmax(self, row_idx: int) -> int:
@@ -100,9 +104,10 @@ class ModelRunner:
 
     def start(self, request: Request) -> None:
         """Clear the state of a sequence that begins, or begins again."""
-        self.cache.reset_state([state_slot(request)])
+        slot = state_slot(request)
+        self.cache.reset_state([slot])
         if self._fused is not None:
-            self._fused.refresh()
+            self._fused.start(slot)
         self._pending[request.request_id] = _PendingRows()
 
     def release(self, request: Request) -> None:
@@ -143,27 +148,27 @@ class ModelRunner:
         """
         drafts = [Drafts() for _ in requests]
         rows, hidden = self._step_zero_rows(requests)
-        draft_hidden = self._draft_step(rows, hidden, is_window=True)
+        draft_hidden, logits = self._draft_window(rows, hidden)
         last_rows = list(accumulate((len(r.token_ids) for r in rows), initial=-1))[1:]
         positions = [r.start + len(r.token_ids) - 1 for r in rows]
         wanted = [i for i, count in enumerate(num_drafts) if count > 0]
-        draft_hidden = draft_hidden[[last_rows[i] for i in wanted]]  # [wanted, C]
+        row_of = {i: last_rows[i] for i in wanted}
         for depth in range(max(num_drafts)):
-            logits = self._logits(draft_hidden)
-            for row_idx, i in enumerate(wanted):
+            for i in wanted:
                 earlier = drafts[i].token_ids
-                chosen = choose_token(requests[i], logits, row_idx, Purpose.DRAFT, earlier)
+                chosen = choose_token(requests[i], logits, row_of[i], Purpose.DRAFT, earlier)
                 drafts[i].token_ids = [*earlier, chosen[0]]
                 drafts[i].probs.append(chosen[1])
-            deeper = [row for row, i in enumerate(wanted) if num_drafts[i] > depth + 1]
-            if not deeper:
+            wanted = [i for i in wanted if num_drafts[i] > depth + 1]
+            if not wanted:
                 break
-            wanted = [wanted[row] for row in deeper]
+            draft_hidden = draft_hidden[[row_of[i] for i in wanted]]  # [wanted, C]
+            row_of = {i: row for row, i in enumerate(wanted)}
             rows = [
                 SequenceRows(requests[i], drafts[i].token_ids[-1:], positions[i] + depth + 1)
                 for i in wanted
             ]
-            draft_hidden = self._draft_step(rows, draft_hidden[deeper], is_window=True)
+            draft_hidden, logits = self._draft_window(rows, draft_hidden)
         return drafts
 
     @torch.inference_mode()
@@ -173,11 +178,10 @@ class ModelRunner:
         Returns:
             Hidden rows [T, C]; their logits [T, W].
         """
-        batch = self._batch(windows, is_window=True)
-        if self._fused is None:
-            hidden = self.model(batch, self.cache)
-        else:
-            hidden = self._fused.window(batch)
+        if self._fused is not None:
+            out = self._fused.window(windows)
+            return out.hidden, TensorRows(out.logits, out.best)
+        hidden = self.model(self._batch(windows, is_window=True), self.cache)
         return hidden, self._logits(hidden)
 
     @torch.inference_mode()
@@ -199,6 +203,11 @@ class ModelRunner:
                 self._keep(window.request, hidden[first_row : first_row + kept])
             first_row += len(window.token_ids)
 
+    def settle(self) -> None:
+        """Take accepted rows into the cache's states now, which windows may put off."""
+        if self._fused is not None:
+            self._fused.settle()
+
     def _batch(self, rows: Sequence[SequenceRows], *, is_window: bool) -> ForwardBatch:
         return build_batch(rows, self.cache.page_size, self.device, is_window=is_window)
 
@@ -207,14 +216,20 @@ class ModelRunner:
         is_cpu = self.device.type == "cpu"
         return TensorRows(self.model.compute_logits(hidden, row_stable=is_cpu))
 
-    def _draft_step(
-        self, rows: Sequence[SequenceRows], hidden: Tensor, *, is_window: bool
-    ) -> Tensor:
-        """Run the draft layer on rows whose ids are the tokens after their positions. [T, C]"""
-        batch = self._batch(rows, is_window=is_window)
-        if is_window and self._fused is not None:
-            return self._fused.mtp_step(batch.token_ids, hidden, batch)
-        return self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)
+    def _draft_window(
+        self, rows: Sequence[SequenceRows], hidden: Tensor
+    ) -> tuple[Tensor, TensorRows]:
+        """Run the draft layer on rows whose ids are the tokens after their positions.
+
+        Returns:
+            Its states [T, C]; their logits [T, W].
+        """
+        if self._fused is not None:
+            out = self._fused.mtp_step(rows, hidden)
+            return out.hidden, TensorRows(out.logits, out.best)
+        batch = self._batch(rows, is_window=True)
+        hidden = self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)
+        return hidden, self._logits(hidden)
 
     def _keep(self, request: Request, hidden: Tensor) -> None:
         pending = self._pending[request.request_id]
@@ -245,5 +260,6 @@ class ModelRunner:
             count = min(pending.num_rows - leave, self.chunk_tokens)
             rows = SequenceRows(request, request.token_ids[start + 1 : start + 1 + count], start)
             assert len(rows.token_ids) == count, f"{len(rows.token_ids)} known tokens of {count}"
-            self._draft_step([rows], pending.take(count), is_window=False)
+            batch = self._batch([rows], is_window=False)
+            self.model.mtp_step(batch.token_ids, pending.take(count), batch, self.cache)
         self.deferred_seconds += time.perf_counter() - began

@@ -1,8 +1,8 @@
-"""What the Numba kernels share: addresses of weights, widening of bfloat16, one dot product.
+"""What the Numba kernels share: typed pointers, widening of bfloat16, compilation kept on disk.
 
-Exactness rests on two rules. A sum over products runs in `dot`, whose order LLVM fixes when it
-compiles it and which is then the same for every row. Everything else is compiled without
-permission to reorder or contract, so that equal formulas give equal bits in different kernels.
+Kernels are written over pointers rather than arrays: they compile several times faster, and LLVM
+sees loops as C compilers do. Nothing is compiled with permission to reorder or contract sums, so
+equal formulas give equal bits in different kernels.
 """
 
 import hashlib
@@ -19,9 +19,6 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-
-# Reordering lets LLVM keep several partial sums in registers; NaN and infinity stay as they are.
-REORDERED = {"reassoc", "nsz", "contract"}
 
 
 @intrinsic
@@ -40,19 +37,60 @@ def widen(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
-def pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    """An address as a pointer to elements of the dtype of an array.
-
-    Weights go in as a table of addresses: a tuple of arrays would be compiled anew for every
-    number of layers.
-    """
-    if not isinstance(like, types.Array):
-        return None
+def offset(typingctx: Any, start: Any, count: Any) -> Any:
+    """A pointer `count` elements further on."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return builder.gep(args[0], [args[1]])
 
-    return types.CPointer(like.dtype)(types.int64, like), generate
+    return start(start, types.int64), generate
+
+
+@intrinsic
+def call_at(typingctx: Any, address: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
+    """Call a compiled function that takes these four arguments by C's rules and returns nothing.
+
+    What is called by address stays out of its caller's compilation: LLVM would go through all of it
+    again at every level of calls.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = [context.get_value_type(kind) for kind in signature.args[1:]]
+        target = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
+        builder.call(builder.inttoptr(args[0], target), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, first, second, third, fourth), generate
+
+
+@intrinsic
+def from_bits(typingctx: Any, bits: Any) -> Any:
+    """The float32 of 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+def _address_as(dtype: Any) -> Any:
+    @intrinsic
+    def as_pointer(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(types.int64), generate
+
+    return as_pointer
+
+
+# An address as a pointer to elements of one type; bfloat16 goes as its bits.
+floats_at, doubles_at = _address_as(types.float32), _address_as(types.float64)
+ints_at, bfloats_at, bytes_at = (
+    _address_as(types.int64),
+    _address_as(types.uint16),
+    _address_as(types.int8),
+)
 
 
 def cache_folder() -> str:
@@ -76,69 +114,29 @@ def cache_folder() -> str:
 _CACHE_FOLDER = cache_folder()
 
 
+def compile_cached(decorate: Callable[[Callable[..., Any]], Any]) -> Callable[..., Any]:
+    """A decorator of Numba's that keeps what it compiles in the kernels' own folder."""
+
+    def apply(function: Callable[..., Any]) -> Any:
+        before = numba.config.CACHE_DIR
+        # Read by Numba while it decorates; other packages' functions keep their own places. Where
+        # the folder cannot be written, Numba goes on to the next place it knows.
+        numba.config.CACHE_DIR = _CACHE_FOLDER
+        try:
+            return decorate(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return apply
+
+
 def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    before = numba.config.CACHE_DIR
-    # Read by Numba while it decorates; other packages' functions keep their own places. Where the
-    # folder cannot be written, Numba goes on to the next place it knows.
-    numba.config.CACHE_DIR = _CACHE_FOLDER
-    try:
-        return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-    finally:
-        numba.config.CACHE_DIR = before
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """Compile for callers in Python, without reordering; cached on disk, without the lock."""
-    return _compile(function)
+    return compile_cached(njit(cache=True, nogil=True, error_model="numpy", **options))(function)
 
 
 def inner(function: Callable[..., Any]) -> Any:
     """Compile for other kernels only: without the wrappers for Python, which take a third of it."""
     return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
-
-def reordered(function: Callable[..., Any]) -> Any:
-    """As `inner`, with permission to reorder sums; for `dot` alone."""
-    wrappers = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return _compile(function, fastmath=REORDERED, **wrappers)
-
-
-@reordered
-def dot(a: Any, b: Any) -> Any:
-    """Sum of a[i] * b[i] in fp32; b may be bfloat16 bits. [K], [K]"""
-    total = np.float32(0.0)
-    for i in range(a.shape[0]):
-        total += a[i] * widen(b[i])
-    return total
-
-
-@compiled
-def rows_times_matrix(x: Any, weight: Any, out: Any) -> None:
-    """out[t, n] = weight[n] . x[t]; a row of the weight is read once for all t."""
-    for n in range(weight.shape[0]):
-        for t in range(x.shape[0]):
-            out[t, n] = dot(x[t], weight[n])
-
-
-@inner
-def sigmoid(x: Any) -> Any:
-    """1 / (1 + e^-x) of one fp32 number."""
-    return np.float32(1.0) / (np.float32(1.0) + np.exp(-x))
-
-
-@inner
-def inverse_rms(row: Any, eps: Any) -> Any:
-    """1 / sqrt(mean square + eps). row: [C]"""
-    return np.float32(1.0) / np.sqrt(dot(row, row) / np.float32(row.shape[0]) + eps)
-
-
-@inner
-def rms_norm_rows(x: Any, weight: Any, eps: Any, out: Any) -> None:
-    """Zero-centred RMSNorm of each row. x, out: [T, C]"""
-    for t in range(x.shape[0]):
-        inverse = inverse_rms(x[t], eps)
-        for c in range(x.shape[1]):
-            out[t, c] = x[t, c] * inverse * (np.float32(1.0) + weight[c])
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:

@@ -169,6 +169,7 @@ def cache_after(llm, prompt, max_tokens):
     release = llm.engine.scheduler.release
 
     def snapshot(requests):
+        llm.engine.runner.settle()
         for request in requests:
             cache, slot = llm.engine.runner.cache, request.state_slot
             rows = [

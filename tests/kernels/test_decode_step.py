@@ -10,9 +10,11 @@ import torch
 
 from qnext.cache.hybrid import HybridCache
 from qnext.engine.fused import FusedSteps
+from qnext.engine.inputs import SequenceRows, build_batch
+from qnext.engine.request import Request, SamplingParams
+from qnext.engine.text import OutputText
 from qnext.kernels.decode_step.numba import decode_step_numba, supports
 from qnext.kernels.dispatch import use_backend
-from qnext.model.batch import CacheInputs, ForwardBatch
 from tests.model.tiny import tiny_model
 
 PAGE = 8
@@ -55,29 +57,30 @@ def _cache(model):
     return cache
 
 
-def _batch(members, lengths=LENGTHS):
+def _windows(members, lengths=LENGTHS, first=0):
+    """Rows of some of four sequences, from their `first` row on."""
     torch.manual_seed(4)
-    tables = torch.randperm(64)[:48].view(4, 12).to(torch.int32)
-    tokens = [torch.randint(0, 97, (5,)) for _ in LENGTHS]
-    index = [torch.arange(CONTEXTS[m], CONTEXTS[m] + lengths[m]) for m in members]
-    slots = [
-        tables[m].long()[at // PAGE] * PAGE + at % PAGE
-        for m, at in zip(members, index, strict=True)
-    ]
-    counts = tuple(len(at) for at in index)
-    return ForwardBatch(
-        token_ids=torch.cat([tokens[m][:n] for m, n in zip(members, counts, strict=True)]),
-        position_ids=torch.cat(index),
-        cu_seqlens=torch.tensor((0, *counts)).cumsum(0).to(torch.int32),
-        seq_lens=counts,
-        cache_inputs=CacheInputs(
-            tables[list(members)],
-            torch.cat(slots),
-            tuple(CONTEXTS[m] for m in members),
-            tuple(SLOTS[m] for m in members),
-            True,
-        ),
-    )
+    tables = torch.randperm(64)[:48].view(4, 12).tolist()
+    tokens = [torch.randint(0, 97, (5,)).tolist() for _ in LENGTHS]
+    windows = []
+    for m in members:
+        request = Request(
+            request_id=str(m),
+            prompt_token_ids=tokens[m],
+            params=SamplingParams(),
+            seed=0,
+            max_total_tokens=90,
+            output_text=OutputText(None),
+            page_ids=tables[m],
+            state_slot=SLOTS[m],
+        )
+        ids = tokens[m][first : first + lengths[m]]
+        windows.append(SequenceRows(request, ids, CONTEXTS[m] + first))
+    return windows
+
+
+def _batch(windows):
+    return build_batch(windows, PAGE, torch.device("cpu"), is_window=True)
 
 
 def _snapshot(cache):
@@ -94,17 +97,21 @@ def test_a_step_gives_states_and_window_rows_of_the_layers(shape, decay):
     model = tiny_model(decay=decay, **SHAPES[shape])
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
-    batch = _batch(range(4))
+    windows = _windows(range(4))
+    batch = _batch(windows)
     with torch.inference_mode():
         expected = model(batch, cache)
         rows = _snapshot(cache)
-        hidden = fused.window(batch)
+        out = fused.window(windows)
         assert fused.trunk.prepared is not None, "the Numba kernel ran"
-        assert _close(hidden, expected)
+        assert _close(out.hidden, expected)
+        logits = model.compute_logits(expected)
+        assert _close(out.logits, logits)
+        assert out.best == out.logits.argmax(-1).tolist()
         for ours, theirs in zip(_snapshot(cache), rows, strict=True):
             assert _close(ours, theirs)
         draft = model.mtp_step(batch.token_ids, expected, batch, cache)
-        assert _close(fused.mtp_step(batch.token_ids, expected, batch), draft)
+        assert _close(fused.mtp_step(windows, expected).hidden, draft)
 
 
 def test_bfloat16_weights_are_widened_and_nothing_else_is_rounded():
@@ -112,9 +119,9 @@ def test_bfloat16_weights_are_widened_and_nothing_else_is_rounded():
     model.compute_dtype = torch.float32
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
-    batch = _batch(range(4))
+    windows = _windows(range(4))
     with torch.inference_mode():
-        assert _close(fused.window(batch), model(batch, cache))
+        assert _close(fused.window(windows).hidden, model(_batch(windows), cache))
     assert fused.trunk.prepared is not None
 
 
@@ -123,29 +130,56 @@ def test_a_rows_bits_do_not_depend_on_its_company():
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
     with torch.inference_mode():
-        together = fused.window(_batch(range(4))).split(LENGTHS)
+        together = _rows_of(fused.window(_windows(range(4))), LENGTHS)
         for member in range(4):
-            assert torch.equal(fused.window(_batch([member])), together[member])
-            first = fused.window(_batch([member], (1, 1, 1, 1)))
+            (own,) = _rows_of(fused.window(_windows([member])), LENGTHS[member : member + 1])
+            assert torch.equal(own, together[member])
+            (first,) = _rows_of(fused.window(_windows([member], (1, 1, 1, 1))), (1,))
             assert torch.equal(first, together[member][:1])
-        for ours, member in zip(fused.window(_batch([2, 1])).split((5, 1)), (2, 1), strict=True):
+        pair = _rows_of(fused.window(_windows([2, 1])), (5, 1))
+        for ours, member in zip(pair, (2, 1), strict=True):
             assert torch.equal(ours, together[member])
+
+
+def _rows_of(out, lengths):
+    """States and logits side by side, sequence by sequence."""
+    return torch.cat([out.hidden, out.logits], dim=1).split(list(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_the_number_of_threads(dtype):
+    model = tiny_model(dtype=dtype, hidden_size=68)
+    model.compute_dtype = torch.float32
+    found = []
+    for num_threads in (1, 2, 3):
+        cache = _cache(model)
+        fused = FusedSteps(model, cache, 64)
+        torch.set_num_threads(num_threads)
+        with torch.inference_mode():
+            for _ in range(3):
+                out = fused.window(_windows(range(4)))
+                fused.commit(SLOTS, LENGTHS)
+        fused.settle()
+        found.append([*_rows_of(out, LENGTHS), *_snapshot(cache)])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 def test_committing_replays_the_same_bits_as_the_cache():
     model = tiny_model()
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
-    batch = _batch(range(4))
     with torch.inference_mode():
-        fused.window(batch)
+        fused.window(_windows(range(4)))
         before = _snapshot(cache)
         fused.commit(SLOTS, (2, 1, 5, 0))
-        ours = _snapshot(cache)
+        # The next step takes the accepted rows in; its own are recorded and not committed.
+        fused.window(_windows(range(4)))
+        ours = _snapshot(cache)[:2]
         for tensor, value in zip((*cache.state_pool.tensors(),), before, strict=False):
             tensor.copy_(value)
         cache.commit(SLOTS, (2, 1, 5, 0))
-    for mine, theirs in zip(ours, _snapshot(cache), strict=True):
+    for mine, theirs in zip(ours, _snapshot(cache)[:2], strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -156,29 +190,15 @@ def test_drafting_ahead_commits_what_single_steps_commit():
     for is_whole in (True, False):
         cache = _cache(model)
         fused = FusedSteps(model, cache, 64)
-        whole = _batch([2])
         with torch.inference_mode():
             if is_whole:
-                fused.window(whole)
+                fused.window(_windows([2]))
                 fused.commit((SLOTS[2],), (5,))
             else:
                 for step in range(5):
-                    places = whole.cache_inputs
-                    part = ForwardBatch(
-                        token_ids=whole.token_ids[step : step + 1],
-                        position_ids=whole.position_ids[step : step + 1],
-                        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-                        seq_lens=(1,),
-                        cache_inputs=CacheInputs(
-                            places.page_table,
-                            places.slot_mapping[step : step + 1],
-                            (CONTEXTS[2] + step,),
-                            places.state_slots,
-                            True,
-                        ),
-                    )
-                    fused.window(part)
+                    fused.window(_windows([2], (1, 1, 1, 1), first=step))
                     fused.commit((SLOTS[2],), (1,))
+            fused.settle()
         states.append(
             (cache.state_pool.recurrent_state.clone(), cache.state_pool.conv_state.clone())
         )
@@ -198,16 +218,16 @@ def test_what_the_kernel_cannot_run_it_says_and_the_layers_run_instead():
         dtype=torch.float64,
     )
     fused = FusedSteps(model, cache, 64)
-    batch = _batch(range(4))
+    windows = _windows(range(4))
     with torch.inference_mode():
-        expected = model(batch, cache)
-        torch.testing.assert_close(fused.window(batch), expected, rtol=0, atol=0)
+        expected = model(_batch(windows), cache)
+        torch.testing.assert_close(fused.window(windows).hidden, expected, rtol=0, atol=0)
         assert fused.trunk.prepared is None
         with (
             use_backend("numba", "decode_step"),
             pytest.raises(ValueError, match="decode_step: backend numba cannot run: .*float64"),
         ):
-            fused.window(batch)
+            fused.window(windows)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -216,7 +236,7 @@ def test_a_named_backend_without_this_step_runs_the_layers(backend):
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
     with use_backend(backend), torch.inference_mode():
-        fused.window(_batch(range(4)))
+        fused.window(_windows(range(4)))
     assert fused.trunk.prepared is None
 
 
@@ -225,7 +245,7 @@ def test_the_kernel_is_the_default_on_a_cpu():
     fused = FusedSteps(model, _cache(model), 64)
     assert decode_step_numba.__module__ == supports.__module__
     with torch.inference_mode():
-        fused.window(_batch(range(4)))
+        fused.window(_windows(range(4)))
     assert fused.trunk.prepared is not None
 
 

@@ -1,14 +1,11 @@
-"""A whole decode or verification step as one compiled function.
+"""A whole decode, verification or draft step as one compiled function for a team of threads.
 
-The layers' weights go in as a table of addresses, so that one compilation serves any number of
-layers of any sizes; the model's own tensors are read where they are.
+The kernel gets one table of sizes and addresses, so one compilation for each type of weights serves
+any number of layers of any sizes; the model's own matrices are read where they are.
 """
 
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,243 +13,376 @@ import torch
 
 from qnext.config.model import ModelConfig
 from qnext.kernels.cpu_lanes import array
-from qnext.kernels.decode_step import layers as L
-from qnext.kernels.decode_step.reference import DecodeStep, WindowRows
+from qnext.kernels.cpu_products import CHUNK, PRODUCTS
+from qnext.kernels.decode_step import fields as F
+from qnext.kernels.decode_step.layers import run_step
+from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
+from qnext.kernels.experts.step import mix_experts
+from qnext.kernels.gated_delta_window.step import mix_window
+from qnext.kernels.paged_attention.step import attend_window
 
-SLOW_SECONDS = 1.5
-COMPILING = "compiling the CPU kernels; later starts read them from the disk"
-
-_logger = logging.getLogger("qnext.kernels")
+_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+MIN_ROWS = 8  # that there is room for from the start
 
 # Small parameters are kept as fp32 copies; the others are read in place.
 _SMALL = {
-    L.LN1: "input_layernorm.weight",
-    L.LN2: "post_attention_layernorm.weight",
-    L.CONV: "mixer.conv1d",
-    L.DT_BIAS: "mixer.dt_bias",
-    L.GATED_NORM: "mixer.norm.weight",
-    L.Q_NORM: "mixer.q_norm.weight",
-    L.K_NORM: "mixer.k_norm.weight",
+    F.LN1: "input_layernorm.weight",
+    F.LN2: "post_attention_layernorm.weight",
+    F.DT_BIAS: "mixer.dt_bias",
+    F.GATED_NORM: "mixer.norm.weight",
+    F.Q_NORM: "mixer.q_norm.weight",
+    F.K_NORM: "mixer.k_norm.weight",
 }
+# The column after each of these is that of its scales.
 _LARGE = {
-    L.ROUTER: "mlp.gate",
-    L.EXPERTS_UP: "mlp.experts_gate_up",
-    L.EXPERTS_DOWN: "mlp.experts_down",
-    L.SHARED_UP: "mlp.shared_gate_up",
-    L.SHARED_DOWN: "mlp.shared_down",
-    L.SHARED_GATE: "mlp.shared_expert_gate",
-    L.DENSE_UP: "mlp.gate_up_proj",
-    L.DENSE_DOWN: "mlp.down_proj",
+    F.IN_PROJ: ("mixer.qkv_proj", "mixer.in_proj"),
+    F.OUT_PROJ: ("mixer.o_proj", "mixer.out_proj"),
+    F.EXPERTS_UP: ("mlp.experts_gate_up",),
+    F.EXPERTS_DOWN: ("mlp.experts_down",),
+    F.SHARED_UP: ("mlp.shared_gate_up", "mlp.gate_up_proj"),
+    F.SHARED_DOWN: ("mlp.shared_down", "mlp.down_proj"),
 }
-_IN_PROJ = ("mixer.qkv_proj", "mixer.in_proj")
-_OUT_PROJ = ("mixer.o_proj", "mixer.out_proj")
+_ROUTER, _SHARED_GATE = "mlp.gate", "mlp.shared_expert_gate"
 
 
 @dataclass
 class _Prepared:
-    """Addresses, sizes and room for one step; `kept` holds what the addresses point to."""
+    """The table of a step with what it points to."""
 
     table: np.ndarray
-    dims: np.ndarray
-    kept: list[Any]
-    like: np.ndarray
-    rotation: tuple[np.ndarray, np.ndarray]
-    scratch: tuple[np.ndarray, ...]
-    final_norm: np.ndarray
-    kv_pools: tuple[np.ndarray, np.ndarray]
-    state_pools: tuple[np.ndarray, ...]
+    kept: list[Any]  # weights and copies
+    room: dict[int, np.ndarray]  # by field
+    num_positions: int
+    num_threads: int = 0
+    max_rows: int = 0
+    max_seqs: int = 0
+    pages_width: int = 0
+    fingerprint: tuple[Any, ...] = field(default_factory=tuple)
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:
     """Say why this backend cannot run, or None."""
-    if rows.x.device.type != "cpu":
-        return f"the rows are on {rows.x.device}"
-    if rows.x.dtype != torch.float32:
-        return f"activations are fp32 here, not {rows.x.dtype}"
     if step.prepared is not None:
         return None
+    if step.keys.device.type != "cpu":
+        return f"the rows are on {step.keys.device}"
     if step.keys.dtype != torch.float32:
-        return f"keys and values are fp32 here, not {step.keys.dtype}"
+        return f"activations are fp32 here, not {step.keys.dtype}"
     return _weight_objection(step)
+
+
+def _matrices(step: DecodeStep) -> list[tuple[str, torch.Tensor]]:
+    names = [step.head, "embed_tokens"] + (["mtp.fc"] if step.prefix else [])
+    for prefix in step.layer_names:
+        names += [prefix + name for group in _LARGE.values() for name in group]
+    return [(name, step.parameters[name]) for name in names if name in step.parameters]
 
 
 def _weight_objection(step: DecodeStep) -> str | None:
     dtypes = set()
-    for prefix in step.layer_names:
-        for name in (*_LARGE.values(), *_IN_PROJ, *_OUT_PROJ):
-            weight = step.parameters.get(prefix + name)
-            if weight is None:
-                continue
-            dtypes.add(weight.dtype)
-            if not weight.is_contiguous():
-                return f"{prefix}{name} is not contiguous"
-    if not dtypes <= {torch.float32} and not dtypes <= {torch.bfloat16}:
-        return f"matrices are all fp32 or all bf16 here, not {sorted(map(str, dtypes))}"
+    for name, weight in _matrices(step):
+        dtypes.add(weight.dtype)
+        if not weight.is_contiguous():
+            return f"{name} is not contiguous"
+    if len(dtypes) > 1 or not dtypes <= set(_KINDS):
+        return f"matrices are all fp32, all bf16 or all int8 here, not {sorted(map(str, dtypes))}"
     return None
 
 
-def decode_step_numba(step: DecodeStep, rows: WindowRows) -> torch.Tensor:
+def decode_step_numba(step: DecodeStep, rows: WindowRows) -> StepOutput:
     """As `decode_step_reference`; every row's sums run in one order, whatever the other rows."""
-    watch = nullcontext() if step.prepared is not None else _saying_when_slow()
-    prepared: _Prepared = step.prepared or _prepare(step)
-    step.prepared = prepared
-    num_rows = rows.x.shape[0]
-    if num_rows > prepared.scratch[0].shape[0]:
-        prepared.scratch = _scratch(step.config, num_rows, len(prepared.rotation[0]))
-    starts = np.zeros(len(rows.query_lens) + 1, dtype=np.int64)
-    np.cumsum(rows.query_lens, out=starts[1:])
-    places = (
-        starts,
-        np.array(rows.state_slots, dtype=np.int64),
-        np.array(rows.context_lens, dtype=np.int64),
-        array(rows.page_table).astype(np.int64),
-        step.page_size,
+    prepared: _Prepared = step.prepared or prepare(step)
+    num_rows = len(rows.token_ids)
+    _make_room(step, prepared, rows)
+    table, room = prepared.table, prepared.room
+    table[F.NUM_ROWS], table[F.NUM_SEQS] = num_rows, len(rows.query_lens)
+    room[F.TOKEN_IDS][:num_rows] = rows.token_ids
+    start = 0
+    for n, (length, pages) in enumerate(zip(rows.query_lens, rows.pages, strict=True)):
+        start += length
+        room[F.STARTS][n + 1] = start
+        room[F.PAGES][n, : len(pages)] = pages
+    room[F.SLOTS][: len(rows.state_slots)] = rows.state_slots
+    room[F.CONTEXTS][: len(rows.context_lens)] = rows.context_lens
+    if rows.hidden is not None:
+        room[F.HIDDEN_IN][:num_rows] = rows.hidden.numpy()
+    run_step(table, prepared.num_threads)
+    best = room[F.BEST][:num_rows].tolist()
+    if min(best) < 0:
+        raise ValueError("the logits are not numbers: the model's weights hold NaN or infinities")
+    return StepOutput(
+        hidden=torch.from_numpy(room[F.HIDDEN][:num_rows].copy()),
+        logits=torch.from_numpy(room[F.LOGITS][:num_rows]),
+        best=best,
     )
-    out = torch.empty_like(rows.x)
-    with watch:
-        L.run_layers(
-            array(rows.x.clone()),
-            prepared.table,
-            prepared.dims,
-            np.float32(step.config.rms_norm_eps),
-            places,
-            prepared.kv_pools,
-            prepared.state_pools,
-            prepared.rotation,
-            prepared.scratch,
-            prepared.final_norm,
-            prepared.like,
-            _LIKE32,
-            array(out),
-        )
-    return out
 
 
-@contextmanager
-def _saying_when_slow() -> Iterator[None]:
-    """Log one line when a call takes long enough to be a compilation."""
-    timer = threading.Timer(SLOW_SECONDS, lambda: _logger.warning(COMPILING))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def pending_rows(step: DecodeStep) -> np.ndarray:
+    """Rows of each slot's last window that are accepted and not yet in its states. [slots]"""
+    prepared: _Prepared = step.prepared
+    return prepared.room[F.PENDING]
+
+
+def refresh(step: DecodeStep) -> None:
+    """Read the weights anew if they have changed since they were read."""
+    prepared: _Prepared | None = step.prepared
+    if prepared is not None and prepared.fingerprint != _fingerprint(step):
+        _read_weights(step, prepared)
+
+
+def prepare(step: DecodeStep) -> _Prepared:
+    """Make the table of a step; room for rows is made when they come."""
+    config = step.config
+    cos, sin = (array(part.contiguous()) for part in step.rotation)
+    prepared = _Prepared(
+        table=np.zeros(F.NUM_FIELDS, dtype=np.int64),
+        kept=[],
+        room={},
+        num_positions=cos.shape[0],
+    )
+    table = prepared.table
+    _set_sizes(table, config)
+    dtype = step.parameters[step.head].dtype
+    table[F.WEIGHT_BYTES], table[F.IS_PAIRED] = dtype.itemsize, dtype == torch.bfloat16
+    functions = {
+        F.PRODUCTS: PRODUCTS[_KINDS[dtype]],
+        F.PRODUCTS_FLOAT: PRODUCTS["float32"],
+        F.MIX_WINDOW: mix_window,
+        F.ATTEND_WINDOW: attend_window,
+        F.MIX_EXPERTS: mix_experts,
+    }
+    for name, function in functions.items():
+        table[name] = function.address
+    pools = {
+        F.KEYS: array(step.keys),
+        F.VALUES: array(step.values),
+        F.COS: cos,
+        F.SIN: sin,
+        F.TEAM: np.zeros(8, dtype=np.int64),
+    }
+    names = (
+        F.CONV_STATE,
+        F.STATES,
+        F.WINDOW_KEYS,
+        F.WINDOW_CHANGES,
+        F.WINDOW_DECAYS,
+        F.WINDOW_INPUTS,
+    )
+    pools |= dict(zip(names, map(array, step.states), strict=True))
+    _, num_slots, max_window = step.states[2].shape[:3]
+    pools[F.PENDING] = np.zeros(num_slots, dtype=np.int64)
+    for name, pool in pools.items():
+        _place(prepared, name, pool)
+    table[F.KV_ROWS], table[F.PAGE_SIZE] = step.keys.shape[1], step.page_size
+    table[F.NUM_SLOTS], table[F.MAX_WINDOW] = num_slots, max_window
+    table[F.HOLDS_STATES] = not step.prefix and config.num_linear_layers > 0
+    _read_weights(step, prepared)
+    step.prepared = prepared
+    return prepared
+
+
+def _set_sizes(table: np.ndarray, config: ModelConfig) -> None:
+    table[F.C], table[F.D] = config.hidden_size, config.head_dim
+    table[F.HQ], table[F.HKV] = config.num_attention_heads, config.num_key_value_heads
+    table[F.HK], table[F.HV] = config.linear_num_key_heads, config.linear_num_value_heads
+    table[F.K], table[F.V] = config.linear_key_head_dim, config.linear_value_head_dim
+    table[F.WIDTH] = config.linear_conv_kernel_dim
+    table[F.E], table[F.A] = config.num_experts, config.num_experts_per_tok
+    table[F.I] = config.moe_intermediate_size
+    table[F.HALF_ROTARY] = config.rotary_dim // 2
+    table[F.NORM_TOPK] = config.norm_topk_prob
+    table[F.EPS] = int(np.float32(config.rms_norm_eps).view(np.int32))
+
+
+def _place(prepared: _Prepared, name: int, memory: np.ndarray) -> None:
+    prepared.room[name] = memory
+    prepared.table[name] = memory.ctypes.data
+
+
+def _fingerprint(step: DecodeStep) -> tuple[Any, ...]:
+    """Changes whenever a weight is written to or replaced."""
+    return tuple(
+        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        for weight in step.parameters.values()
+    )
+
+
+def _read_weights(step: DecodeStep, prepared: _Prepared) -> None:
+    prepared.fingerprint = _fingerprint(step)
+    kept: list[Any] = []
+    names, table = step.parameters, prepared.table
+    rows = np.zeros((len(step.layer_names), F.NUM_COLUMNS), dtype=np.int64)
+    for row, prefix, mixer_idx in zip(rows, step.layer_names, step.mixer_idx, strict=True):
+        _read_layer(row, prefix, names, kept)
+        row[F.MIXER_IDX] = mixer_idx
+    table[F.LAYERS], table[F.NUM_LAYERS] = rows.ctypes.data, len(rows)
+    kept.append(rows)
+    head = names[step.head]
+    table[F.EMBEDDING], table[F.EMBEDDING_SCALE] = _matrix(names["embed_tokens"], kept)
+    table[F.HEAD], table[F.HEAD_SCALE] = _matrix(head, kept)
+    table[F.VOCAB] = table[F.HEAD_ROWS] = head.shape[0]
+    table[F.FINAL_NORM] = _copied(names[step.prefix + "norm.weight"], kept)
+    if step.prefix:
+        table[F.FC], table[F.FC_SCALE] = _matrix(names["mtp.fc"], kept)
+        table[F.NORM_EMBEDDING] = _copied(names["mtp.pre_fc_norm_embedding.weight"], kept)
+        table[F.NORM_HIDDEN] = _copied(names["mtp.pre_fc_norm_hidden.weight"], kept)
+    prepared.kept = kept
+
+
+def _read_layer(row: np.ndarray, prefix: str, names: Any, kept: list[Any]) -> None:
+    row[F.IS_ATTENTION] = prefix + "mixer.qkv_proj" in names
+    row[F.IS_MOE] = prefix + _ROUTER in names
+    for column, choices in _LARGE.items():
+        for name in choices:
+            if prefix + name in names:
+                row[column], row[column + 1] = _matrix(names[prefix + name], kept)
+    for column, name in _SMALL.items():
+        if prefix + name in names:
+            row[column] = _copied(names[prefix + name], kept)
+    if not row[F.IS_ATTENTION]:
+        row[F.DECAY_RATE] = _copied(names[prefix + "mixer.A_log"].float().exp(), kept)
+        row[F.CONV] = _copied(names[prefix + "mixer.conv1d"].t(), kept)
+    for name in _LARGE[F.SHARED_DOWN]:
+        if prefix + name in names:
+            row[F.SHARED_WIDTH] = names[prefix + name].shape[1]
+    if row[F.IS_MOE]:
+        router = names[prefix + _ROUTER].float()
+        gate = names.get(prefix + _SHARED_GATE)
+        gate = torch.zeros(1, router.shape[1]) if gate is None else gate.float()
+        row[F.ROUTER] = _copied(torch.cat([router, gate]), kept)
+
+
+def _matrix(weight: torch.Tensor, kept: list[Any]) -> tuple[int, int]:
+    """Addresses of a matrix, read in place, and of its rows' scales."""
+    kept.append(array(weight))
+    address = int(kept[-1].ctypes.data)
+    scale = getattr(weight, "row_scale", None)
+    return address, 0 if scale is None else _copied(scale, kept)
+
+
+def _copied(tensor: torch.Tensor, kept: list[Any]) -> int:
+    copy = array(tensor.detach().float().contiguous().clone())
+    kept.append(copy)
+    return int(copy.ctypes.data)
+
+
+def _whole(size: int) -> int:
+    """A row stride that keeps rows of fp32 at whole cache lines."""
+    return -(-size // CHUNK) * CHUNK
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that start at a cache line."""
+    count = int(np.prod(shape))
+    raw = np.zeros(count * np.dtype(dtype).itemsize + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+def _make_room(step: DecodeStep, prepared: _Prepared, rows: WindowRows) -> None:
+    """Grow what holds the rows of a call, if it is too small."""
+    num_threads = torch.get_num_threads()
+    num_rows, num_seqs = len(rows.token_ids), len(rows.query_lens)
+    width = max(map(len, rows.pages))
+    if (
+        num_threads != prepared.num_threads
+        or num_rows > prepared.max_rows
+        or num_seqs > prepared.max_seqs
+    ):
+        prepared.num_threads = num_threads
+        prepared.max_rows = max(num_rows, prepared.max_rows, MIN_ROWS)
+        prepared.max_seqs = max(num_seqs, prepared.max_seqs)
+        _allocate(step.config, prepared)
+        prepared.pages_width = 0
+    if width > prepared.pages_width:
+        prepared.pages_width = 2 * width
+        shape = (prepared.max_seqs, prepared.pages_width)
+        _place(prepared, F.PAGES, np.zeros(shape, dtype=np.int64))
+        prepared.table[F.PAGES_WIDTH] = prepared.pages_width
+
+
+def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
+    threads, num_rows, seqs = prepared.num_threads, prepared.max_rows, prepared.max_seqs
+    table = prepared.table
+    size, num_active = config.hidden_size, config.num_experts_per_tok
+    query = config.num_attention_heads * config.head_dim
+    group = config.num_attention_heads // config.num_key_value_heads
+    projected = max(
+        2 * query + 2 * config.num_key_value_heads * config.head_dim,
+        config.conv_dim + config.value_dim + 2 * config.linear_num_value_heads,
+        size,
+    )
+    width = max(
+        config.moe_intermediate_size if config.num_experts else 0,
+        config.shared_expert_intermediate_size,
+        config.intermediate_size,
+    )
+    pairs = num_rows * (num_active if config.num_experts else 0)
+    queries = num_rows * group
+    strides = {
+        F.STRIDE_C: _whole(size),
+        F.STRIDE_FUSED: _whole(projected),
+        F.STRIDE_HEADS: _whole(max(query, config.value_dim)),
+        F.STRIDE_UP: _whole(2 * width),
+        F.STRIDE_I: _whole(width),
+        F.STRIDE_SCORES: queries * (int(table[F.PAGE_SIZE]) + config.head_dim + 2),
+        F.STRIDE_ROUTES: _whole(config.num_experts + 1 + 4 * pairs),
+        F.MAX_ROWS: num_rows,
+    }
+    work = (
+        (pairs + num_rows) * strides[F.STRIDE_I],
+        num_rows * strides[F.STRIDE_HEADS],
+        num_rows * max(strides[F.STRIDE_C], 2 * size),
+    )
+    strides[F.STRIDE_WORK] = max(work)
+    for name, value in strides.items():
+        table[name] = value
+    probs = num_rows * (config.num_experts + 1)
+    heads = config.linear_num_value_heads
+    floats: dict[int, tuple[int, ...]] = {
+        F.HIDDEN_IN: (num_rows, size),
+        F.HIDDEN: (num_rows, size),
+        F.LOGITS: (num_rows, int(table[F.HEAD_ROWS])),
+        F.X: (num_rows, strides[F.STRIDE_C]),
+        F.NORMED: (threads, num_rows, strides[F.STRIDE_C]),
+        F.ARRANGED: (threads, strides[F.STRIDE_WORK]),
+        F.FUSED: (num_rows, strides[F.STRIDE_FUSED]),
+        F.CONVOLVED: (num_rows, strides[F.STRIDE_FUSED]),
+        F.HEADS: (num_rows, strides[F.STRIDE_HEADS]),
+        F.SCRATCH_STATE: (threads, config.linear_key_head_dim, config.linear_value_head_dim),
+        F.STATE_READ: (seqs, heads, config.linear_value_head_dim),
+        F.SCORES: (threads, strides[F.STRIDE_SCORES]),
+        F.PROBS: (probs + threads * (probs + num_rows * (num_active + 1)),),
+        F.EXPERT_UP: (pairs, strides[F.STRIDE_UP]),
+        F.EXPERT_OUT: (pairs, strides[F.STRIDE_C]),
+        F.SHARED_HIDDEN: (num_rows, strides[F.STRIDE_UP]),
+        F.SHARED_OUT: (num_rows, strides[F.STRIDE_C]),
+        F.BEST_VALUES: (threads, num_rows),
+    }
+    integers: dict[int, tuple[int, ...]] = {
+        F.TOKEN_IDS: (num_rows,),
+        F.STARTS: (seqs + 1,),
+        F.SLOTS: (seqs,),
+        F.CONTEXTS: (seqs,),
+        F.BEST: (num_rows,),
+        F.ROUTES: (threads, strides[F.STRIDE_ROUTES]),
+        F.BEST_IDS: (threads, num_rows),
+    }
+    for name, shape in floats.items():
+        _place(prepared, name, _aligned(shape, np.float32))
+    for name, shape in integers.items():
+        _place(prepared, name, _aligned(shape, np.int64))
+    _place(prepared, F.IDENTITY, np.arange(max(pairs, queries, num_rows) + 1, dtype=np.int64))
 
 
 def commit_window(
-    step: DecodeStep, state_slots: tuple[int, ...], num_accepted: tuple[int, ...]
+    step: DecodeStep, state_slots: Sequence[int], num_accepted: Sequence[int]
 ) -> None:
-    """As `HybridCache.commit`, bit for bit, in one call for all layers.
+    """As `HybridCache.commit`, bit for bit, but put off until the states are next read.
 
     Args:
         step: one that `decode_step_numba` has run.
         state_slots: slots of the sequences.
         num_accepted: rows of each window to replay.
     """
-    prepared: _Prepared = step.prepared
-    if step.config.num_linear_layers:
-        L.commit_rows(
-            np.array(state_slots, dtype=np.int64),
-            np.array(num_accepted, dtype=np.int64),
-            *prepared.state_pools,
-        )
-
-
-_LIKE32 = np.zeros(1, dtype=np.float32)
-
-
-def _prepare(step: DecodeStep) -> _Prepared:
-    table = np.zeros((len(step.layer_names), L.NUM_COLUMNS), dtype=np.int64)
-    kept: list[Any] = []
-    like = _LIKE32
-    for row, prefix, mixer_idx in zip(table, step.layer_names, step.mixer_idx, strict=True):
-        names = step.parameters
-        is_attention = prefix + _IN_PROJ[0] in names
-        row[L.IS_ATTENTION] = is_attention
-        row[L.MIXER_IDX] = mixer_idx
-        row[L.IS_MOE] = prefix + "mlp.gate" in names
-        large = {L.IN_PROJ: _IN_PROJ[not is_attention], L.OUT_PROJ: _OUT_PROJ[not is_attention]}
-        for column, name in (large | _LARGE).items():
-            if prefix + name in names:
-                weight = array(names[prefix + name])
-                like = weight.reshape(-1)[:1]
-                kept.append(weight)
-                row[column] = weight.ctypes.data
-        for column, name in _SMALL.items():
-            if prefix + name in names:
-                row[column] = _keep(kept, names[prefix + name])
-        if not is_attention:
-            row[L.DECAY_RATE] = _keep(kept, names[prefix + "mixer.A_log"].float().exp())
-    cos, sin = step.rotation
-    return _Prepared(
-        table=table,
-        dims=_dims(step.config),
-        kept=kept,
-        like=like,
-        rotation=(array(cos.contiguous()), array(sin.contiguous())),
-        scratch=_scratch(step.config, 8, cos.shape[0]),
-        final_norm=array(step.parameters[step.final_norm].detach().float()),
-        kv_pools=(array(step.keys), array(step.values)),
-        state_pools=_state_pools(step),
-    )
-
-
-def _keep(kept: list[Any], tensor: torch.Tensor) -> int:
-    copy = array(tensor.detach().float().contiguous().clone())
-    kept.append(copy)
-    return int(copy.ctypes.data)
-
-
-def _dims(config: ModelConfig) -> np.ndarray:
-    dims = np.zeros(16, dtype=np.int64)
-    dims[L.C], dims[L.D] = config.hidden_size, config.head_dim
-    dims[L.HQ], dims[L.HKV] = config.num_attention_heads, config.num_key_value_heads
-    dims[L.HK], dims[L.HV] = config.linear_num_key_heads, config.linear_num_value_heads
-    dims[L.K], dims[L.V] = config.linear_key_head_dim, config.linear_value_head_dim
-    dims[L.WIDTH] = config.linear_conv_kernel_dim
-    dims[L.E], dims[L.A] = config.num_experts, config.num_experts_per_tok
-    dims[L.I], dims[L.SHARED] = config.moe_intermediate_size, config.shared_expert_intermediate_size
-    dims[L.DENSE] = config.intermediate_size
-    dims[L.HALF_ROTARY] = config.rotary_dim // 2
-    dims[L.NORM_TOPK] = config.norm_topk_prob
-    return dims
-
-
-def _scratch(config: ModelConfig, num_rows: int, max_tokens: int) -> tuple[np.ndarray, ...]:
-    """normed, fused, convolved, heads, result, scores, probs, ids, hidden, one temporary state."""
-    query = config.num_attention_heads * config.head_dim
-    fused = max(
-        2 * query + 2 * config.num_key_value_heads * config.head_dim,
-        config.conv_dim + config.value_dim + 2 * config.linear_num_value_heads,
-    )
-    width = max(
-        config.moe_intermediate_size,
-        config.shared_expert_intermediate_size,
-        config.intermediate_size,
-    )
-    state = (
-        config.linear_num_value_heads,
-        config.linear_key_head_dim,
-        config.linear_value_head_dim,
-    )
-
-    def room(*shape: int) -> np.ndarray:
-        return np.zeros(shape, dtype=np.float32)
-
-    return (
-        room(num_rows, config.hidden_size),
-        room(num_rows, fused),
-        room(num_rows, config.conv_dim),
-        room(num_rows, max(query, config.value_dim)),
-        room(num_rows, config.hidden_size),
-        room(max_tokens),
-        room(max(1, config.num_experts)),
-        np.zeros(max(1, config.num_experts_per_tok), dtype=np.int64),
-        room(width),
-        room(*state),
-    )
-
-
-def _state_pools(step: DecodeStep) -> tuple[np.ndarray, ...]:
-    return tuple(array(tensor) for tensor in step.states)
+    pending_rows(step)[list(state_slots)] = num_accepted

@@ -1,6 +1,6 @@
-"""A whole decode or verification step: all layers on the rows of a window."""
+"""A whole decode, verification or draft step: all layers and the head on the rows of a window."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,20 +14,37 @@ class WindowRows:
     """Rows of running sequences, each going on where its cache ends.
 
     Args:
-        x: embedded rows, sequence after sequence. [T, C]
+        token_ids: the rows' tokens, sequence after sequence; in a draft step those after them. T
         query_lens: rows of each sequence.
         context_lens: tokens of each sequence that the cache holds.
         state_slots: DeltaNet slot of each sequence.
-        page_table: pages of each sequence, in order. [N, P], int32
-        batch: the same as the model's own batch, which the reference runs.
+        pages: pages of each sequence, in order, its new rows' included.
+        hidden: in a draft step the trunk's states of the rows, or the step's before. [T, C]
+        make_batch: the same as the model's own batch, for the reference.
     """
 
-    x: torch.Tensor
-    query_lens: tuple[int, ...]
-    context_lens: tuple[int, ...]
-    state_slots: tuple[int, ...]
-    page_table: torch.Tensor
-    batch: Any
+    token_ids: Sequence[int]
+    query_lens: Sequence[int]
+    context_lens: Sequence[int]
+    state_slots: Sequence[int]
+    pages: Sequence[Sequence[int]]
+    hidden: torch.Tensor | None
+    make_batch: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step worked out for its rows.
+
+    Args:
+        hidden: states after the final norm. [T, C]
+        logits: raw logits; a backend may write the next step's into the same memory. [T, W], fp32
+        best: the lowest id of the largest logit of each row; None if not worked out.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    best: Sequence[int] | None = None
 
 
 @dataclass
@@ -36,16 +53,17 @@ class DecodeStep:
 
     Args:
         config: sizes.
-        parameters: by their name in the model.
+        parameters: by their name in the model; an int8 matrix has its rows' scales as `row_scale`.
         layer_names: prefixes of the layers that run, such as "layers.0.".
         mixer_idx: each layer's index among those of its mixer, in the memory below.
         keys, values: the cache's pools, one row per token. [L, S, Hkv, D]
         page_size: rows that follow one another in a page.
-        states: DeltaNet's memory: convolution and recurrent states, which stay as they are; window
-            keys, changes, decays and inputs, which are written.
+        states: DeltaNet's memory: convolution and recurrent states; window keys, changes, decays
+            and inputs, which are written.
         rotation: cos and sin of every position, two of [positions, R / 2], fp32.
-        final_norm: name of the norm after the layers.
-        run_layers: the model's own layers and that norm, on the same rows.
+        prefix: "" for the trunk, "mtp." for a draft step, which joins embeddings and states.
+        head: name of the output matrix.
+        run_layers: the model's own layers and head, on the same rows.
         prepared: what a backend keeps between steps.
     """
 
@@ -58,19 +76,23 @@ class DecodeStep:
     page_size: int
     states: tuple[torch.Tensor, ...]
     rotation: tuple[torch.Tensor, torch.Tensor]
-    final_norm: str
-    run_layers: Callable[[WindowRows], torch.Tensor]
+    prefix: str
+    head: str
+    run_layers: Callable[[WindowRows], StepOutput]
     prepared: Any = field(default=None, repr=False)
 
 
-def decode_step_reference(step: DecodeStep, rows: WindowRows) -> torch.Tensor:
-    """Run the layers on the rows of a window; committed DeltaNet states stay as they are.
+def decode_step_reference(step: DecodeStep, rows: WindowRows) -> StepOutput:
+    """Run the layers and the head on the rows of a window.
+
+    Committed DeltaNet states stay as they are, but for rows that were accepted before: a backend
+    may take those in as late as here.
 
     Args:
         step: weights, cache and layers.
         rows: the window.
 
     Returns:
-        States after the final norm. [T, C]
+        States after the final norm and logits.
     """
     return step.run_layers(rows)

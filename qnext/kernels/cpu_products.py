@@ -1,0 +1,386 @@
+"""Rows times a matrix for decoding on a CPU: a weight is read once for all rows that need it.
+
+Numba leaves the choice of vector code to LLVM, which takes one dot product at a time. Here the
+instructions of a block, some rows of the weight times some rows of x, are written out as LLVM's
+portable vectors of 16 numbers, which become 512, 256 or 128 bit instructions.
+
+Exactness: an output is the sum of 16 running sums, each over every 16th product (in the order of
+`arrange`), folded in halves, plus the products of the last columns one by one. That order depends
+on the number of columns alone, so a row of x gives the same bits in any company.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from qnext.kernels.cpu_lanes import floats_at, inner, offset
+from qnext.kernels.cpu_team import CompiledFunction
+
+LANES = 16
+LINE_BYTES = 64  # of a cache
+CHUNK = 2 * LANES  # columns that a step of the inner loop takes
+
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+
+
+def load_vector(builder: Any, pointer: Any, index: Any, vector: Any, align: int) -> Any:
+    """A vector of elements from `index` on, aligned to this many bytes at least."""
+    place = builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+    return builder.load(place, align=align)
+
+
+def fused_multiply_add(module: Any, vector: Any) -> Any:
+    """LLVM's a * b + c, rounded once, for vectors of this type."""
+    name = f"llvm.fma.v{vector.count}f32"
+    return module.globals.get(name) or ir.Function(
+        module, ir.FunctionType(vector, [vector] * 3), name
+    )
+
+
+def _prefetch(builder: Any, pointer: Any, index: Any) -> None:
+    byte_pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, _I32, _I32, _I32])
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    place = builder.bitcast(builder.gep(pointer, [index]), byte_pointer)
+    builder.call(function, [place, _I32(0), _I32(2), _I32(1)])  # to read, into the second cache
+
+
+def _float_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
+    second = builder.add(index, _I64(LANES))
+    return [load_vector(builder, weight, i, _FLOATS, 4) for i in (index, second)]
+
+
+def _bfloat16_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
+    # Two bfloat16 in each 32 bits: the low one moved up, and the high one with the low bits
+    # cleared, are fp32 numbers already. Widening them in order would take twice the instructions.
+    both = load_vector(builder, weight, index, _INTS, 2)
+    low = builder.shl(both, ir.Constant(_INTS, [16] * LANES))
+    high = builder.and_(both, ir.Constant(_INTS, [-65536] * LANES))
+    return [builder.bitcast(bits, _FLOATS) for bits in (low, high)]
+
+
+def _int8_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
+    second = builder.add(index, _I64(LANES))
+    narrow = ir.VectorType(ir.IntType(8), LANES)
+    values = [load_vector(builder, weight, i, narrow, 1) for i in (index, second)]
+    return [builder.sitofp(builder.sext(value, _INTS), _FLOATS) for value in values]
+
+
+def _one_float(builder: Any, value: Any) -> Any:
+    return value
+
+
+def _one_bfloat16(builder: Any, value: Any) -> Any:
+    bits = builder.shl(builder.zext(value, _I32), _I32(16))
+    return builder.bitcast(bits, _F32)
+
+
+def _one_int8(builder: Any, value: Any) -> Any:
+    return builder.sitofp(value, _F32)
+
+
+# How the elements of a weight become fp32: CHUNK of them as two vectors, and one.
+_WIDENING: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    types.float32: (_float_pair, _one_float),
+    types.uint16: (_bfloat16_pair, _one_bfloat16),
+    types.int8: (_int8_pair, _one_int8),
+}
+
+
+def _halves(builder: Any, first: Any, second: Any, segment: int) -> Any:
+    """Add the halves of each segment; `second` may be None. Segments keep their order."""
+    lanes = first.type.count * (1 if second is None else 2)
+    lower = [start + i for start in range(0, lanes, segment) for i in range(segment // 2)]
+    other = ir.Constant(first.type, ir.Undefined) if second is None else second
+    masks = [
+        ir.Constant(ir.VectorType(_I32, len(lower)), [i + shift for i in lower])
+        for shift in (0, segment // 2)
+    ]
+    return builder.fadd(*[builder.shuffle_vector(first, other, mask) for mask in masks])
+
+
+def _fold(builder: Any, sums: list[Any]) -> Any:
+    """Add up the lanes of each of 2^n vectors, all at once: one lane for each, in order."""
+    segment = LANES
+    while segment > 1:
+        if len(sums) > 1:
+            pairs = zip(sums[::2], sums[1::2], strict=True)
+            sums = [_halves(builder, first, second, segment) for first, second in pairs]
+        else:
+            sums = [_halves(builder, sums[0], None, segment)]
+        segment //= 2
+    return sums[0]
+
+
+class ColumnLoop:
+    """A loop with some running values, as basic blocks of LLVM."""
+
+    def __init__(self, builder: Any, start: Any, end: Any, step: int, initial: list[Any]) -> None:
+        self.builder = builder
+        before = builder.block
+        self._body = builder.append_basic_block()
+        self._after = builder.append_basic_block()
+        builder.cbranch(builder.icmp_signed("<", start, end), self._body, self._after)
+        builder.position_at_end(self._body)
+        self.index = builder.phi(_I64)
+        self.index.add_incoming(start, before)
+        self.values = [builder.phi(value.type) for value in initial]
+        for phi, value in zip(self.values, initial, strict=True):
+            phi.add_incoming(value, before)
+        self._before, self._initial, self._end, self._step = before, initial, end, step
+
+    def close(self, values: list[Any]) -> list[Any]:
+        """Go on with these values; returns those after the loop."""
+        builder, body_end = self.builder, self.builder.block
+        following = builder.add(self.index, _I64(self._step))
+        builder.cbranch(builder.icmp_signed("<", following, self._end), self._body, self._after)
+        self.index.add_incoming(following, body_end)
+        builder.position_at_end(self._after)
+        results = []
+        for phi, initial, value in zip(self.values, self._initial, values, strict=True):
+            phi.add_incoming(value, body_end)
+            result = builder.phi(value.type)
+            result.add_incoming(initial, self._before)
+            result.add_incoming(value, body_end)
+            results.append(result)
+        return results
+
+
+def _block(num_outputs: int, num_rows: int) -> Any:
+    """An intrinsic for num_outputs rows of the weight times num_rows rows of x; see `products`."""
+
+    @intrinsic
+    def block(
+        typingctx: Any,
+        weight: Any,
+        stride: Any,
+        first_output: Any,
+        x: Any,
+        x_stride: Any,
+        x_rows: Any,
+        length: Any,
+        out: Any,
+        out_stride: Any,
+        out_rows: Any,
+    ) -> Any:
+        pair, one = _WIDENING[weight.dtype]
+        line = LINE_BYTES * 8 // weight.dtype.bitwidth
+        index = types.int64
+        signature = types.void(weight, index, index, x, index, x_rows, index, out, index, out_rows)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            weight, stride, first, x, x_stride, x_rows, length, out, out_stride, out_rows = args
+            fma = fused_multiply_add(builder.module, _FLOATS)
+            weights = [
+                builder.gep(weight, [builder.mul(builder.add(first, _I64(n)), stride)])
+                for n in range(num_outputs)
+            ]
+            rows = [
+                builder.gep(
+                    x, [builder.mul(builder.load(builder.gep(x_rows, [_I64(r)])), x_stride)]
+                )
+                for r in range(num_rows)
+            ]
+            whole = builder.and_(length, _I64(-CHUNK))
+            zero = ir.Constant(_FLOATS, [0.0] * LANES)
+            loop = ColumnLoop(builder, _I64(0), whole, CHUNK, [zero] * (num_outputs * num_rows))
+            # The next block's rows follow these in memory. Fetched line after line they come as
+            # one stream, where the rows side by side would be a short stream each.
+            ahead = builder.mul(builder.add(stride, loop.index), _I64(num_outputs))
+            for place in range(0, num_outputs * CHUNK, line):
+                _prefetch(builder, weights[0], builder.add(ahead, _I64(place)))
+            parts = [pair(builder, one_row, loop.index) for one_row in weights]
+            sums = list(loop.values)
+            for half in (0, 1):
+                place = builder.add(loop.index, _I64(LANES * half))
+                for r, row in enumerate(rows):
+                    value = load_vector(builder, row, place, _FLOATS, 4)
+                    for n in range(num_outputs):
+                        at = r * num_outputs + n
+                        sums[at] = builder.call(fma, [parts[n][half], value, sums[at]])
+            folded = _fold(builder, loop.close(sums))
+            totals = [builder.extract_element(folded, _I32(i)) for i in range(len(sums))]
+            loop = ColumnLoop(builder, whole, length, 1, totals)
+            last = [one(builder, builder.load(builder.gep(w, [loop.index]))) for w in weights]
+            totals = list(loop.values)
+            for r, row in enumerate(rows):
+                value = builder.load(builder.gep(row, [loop.index]))
+                for n in range(num_outputs):
+                    at = r * num_outputs + n
+                    totals[at] = builder.fadd(totals[at], builder.fmul(last[n], value))
+            totals = loop.close(totals)
+            for r in range(num_rows):
+                out_row = builder.load(builder.gep(out_rows, [_I64(r)]))
+                start = builder.add(builder.mul(out_row, out_stride), first)
+                for n in range(num_outputs):
+                    place = builder.gep(out, [builder.add(start, _I64(n))])
+                    builder.store(totals[r * num_outputs + n], place)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return block
+
+
+_block_8x1, _block_1x1 = _block(8, 1), _block(1, 1)
+_block_4x2, _block_1x2 = _block(4, 2), _block(1, 2)
+_block_4x4, _block_1x4 = _block(4, 4), _block(1, 4)
+
+
+def _multiply(
+    weight: Any,
+    stride: Any,
+    start: Any,
+    end: Any,
+    x: Any,
+    x_stride: Any,
+    x_rows: Any,
+    length: Any,
+    out: Any,
+    out_stride: Any,
+    out_rows: Any,
+    num_rows: Any,
+) -> None:
+    """The code of PRODUCTS; `products` says what it does."""
+    n = start
+    while n < end:
+        t = 0
+        step = min(8, end - n)
+        is_whole = step == 8
+        while t < num_rows:
+            rows, targets = offset(x_rows, t), offset(out_rows, t)
+            left = num_rows - t
+            if left >= 4:
+                if is_whole:
+                    for part in range(2):
+                        _block_4x4(
+                            weight, stride, n + 4 * part, x, x_stride, rows, length,
+                            out, out_stride, targets,
+                        )  # fmt: skip
+                else:
+                    for i in range(step):
+                        _block_1x4(
+                            weight, stride, n + i, x, x_stride, rows, length,
+                            out, out_stride, targets,
+                        )  # fmt: skip
+                t += 4
+            elif left >= 2:
+                if is_whole:
+                    for part in range(2):
+                        _block_4x2(
+                            weight, stride, n + 4 * part, x, x_stride, rows, length,
+                            out, out_stride, targets,
+                        )  # fmt: skip
+                else:
+                    for i in range(step):
+                        _block_1x2(
+                            weight, stride, n + i, x, x_stride, rows, length,
+                            out, out_stride, targets,
+                        )  # fmt: skip
+                t += 2
+            else:
+                if is_whole:
+                    _block_8x1(
+                        weight, stride, n, x, x_stride, rows, length, out, out_stride, targets
+                    )
+                else:
+                    for i in range(step):
+                        _block_1x1(
+                            weight, stride, n + i, x, x_stride, rows, length,
+                            out, out_stride, targets,
+                        )  # fmt: skip
+                t += 1
+        n += step
+
+
+_Index, _Floats, _Rows = types.int64, types.CPointer(types.float32), types.CPointer(types.int64)
+_AFTER_WEIGHT = (
+    *(_Index, _Index, _Index, _Floats, _Index, _Rows, _Index, _Floats, _Index, _Rows, _Index),
+)
+
+
+def _for_weights_of(dtype: Any) -> CompiledFunction:
+    return CompiledFunction(_multiply, types.void(types.CPointer(dtype), *_AFTER_WEIGHT))
+
+
+PRODUCTS = {
+    "float32": _for_weights_of(types.float32),
+    "bfloat16": _for_weights_of(types.uint16),
+    "int8": _for_weights_of(types.int8),
+}
+
+
+@intrinsic
+def products(
+    typingctx: Any,
+    function: Any,
+    weight: Any,
+    stride: Any,
+    start: Any,
+    end: Any,
+    x: Any,
+    x_stride: Any,
+    x_rows: Any,
+    length: Any,
+    out: Any,
+    out_stride: Any,
+    out_rows: Any,
+    num_rows: Any,
+) -> Any:
+    """out[out_rows[t], n] = weight[n] . x[x_rows[t]] for the outputs n in [start, end).
+
+    Args:
+        function: address of the one of PRODUCTS that takes this kind of weight. A call by address
+            keeps its code out of all that use it, which compile many times faster so.
+        weight: address of rows of `length` elements, `stride` apart.
+        x: rows as `arrange` lays them out for this kind of weight, x_stride apart. fp32
+        x_rows, out_rows: rows to read and to write. num_rows of int64
+        out: fp32 rows, out_stride apart.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds = [context.get_value_type(kind) for kind in (types.int64, *_AFTER_WEIGHT)]
+        target = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
+        builder.call(builder.inttoptr(args[0], target), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, *_AFTER_WEIGHT), generate
+
+
+@inner
+def arrange(row: Any, size: Any, is_paired: Any, out: Any) -> None:
+    """Lay a row of x out as `products` reads it.
+
+    Args:
+        row, out: `size` fp32, not overlapping.
+        is_paired: for a bfloat16 weight: each whole CHUNK holds its even elements, then its odd
+            ones, as the two halves of the weight's 32-bit words come. Else the order stays.
+    """
+    whole = size // CHUNK * CHUNK if is_paired else 0
+    for start in range(0, whole, CHUNK):
+        for i in range(LANES):
+            out[start + i] = row[start + 2 * i]
+            out[start + LANES + i] = row[start + 2 * i + 1]
+    for i in range(whole, size):
+        out[i] = row[i]
+
+
+@inner
+def scale_rows(
+    scale: Any, start: Any, end: Any, out: Any, out_stride: Any, out_rows: Any, num_rows: Any
+) -> None:
+    """Multiply the outputs [start, end) by their rows' scales, which int8 weights have.
+
+    scale: address of fp32, 0 for none.
+    """
+    if scale != 0:
+        factors = floats_at(scale)
+        for t in range(num_rows):
+            row = offset(out, out_rows[t] * out_stride)
+            for n in range(start, end):
+                row[n] = row[n] * factors[n]
