@@ -39,7 +39,12 @@ def add_generation_options(parser: argparse.ArgumentParser, *, max_tokens: int) 
     model = parser.add_argument_group("model")
     add = model.add_argument
     add("--model", default="nano", help="nano, a checkpoint folder, or a hub id (default: nano)")
-    add("--dtype", type=_dtype, default="auto", help="float32, bfloat16, float16 or auto (default)")
+    add(
+        "--dtype",
+        type=_dtype,
+        default="auto",
+        help="float32, bfloat16, float16, int8 or auto (default)",
+    )
     add("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (default)")
     add(
         "--num-threads",
@@ -112,8 +117,8 @@ def open_model(args: argparse.Namespace) -> "LLM":
 
 def _dtype(text: str) -> str:
     """Read --dtype."""
-    if text.removeprefix("torch.") not in ("auto", *DTYPES):
-        raise argparse.ArgumentTypeError(f"dtype is {text!r}; want auto, {', '.join(DTYPES)}")
+    if text.removeprefix("torch.") not in ("auto", "int8", *DTYPES):
+        raise argparse.ArgumentTypeError(f"dtype is {text!r}; want auto, int8, {', '.join(DTYPES)}")
     return text
 
 

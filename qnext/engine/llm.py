@@ -61,8 +61,9 @@ class LLM:
 
     Args:
         model: "nano", a checkpoint folder, or a hub id.
-        dtype: of the weights: "auto" is the stored type; else "float32", "bfloat16", "float16" or
-            "float64". A GPU computes in it too; a CPU always computes in float32 at least.
+        dtype: of the weights: "auto" is the stored type; else "float32", "bfloat16", "float16",
+            "float64", or on a CPU "int8", with a scale for each row of a matrix. A GPU computes in
+            it too; a CPU always computes in float32 at least.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N".
         max_model_len: tokens of prompt and answer together; by default what the model was made
             for, or less if the cache could not hold that.
@@ -100,7 +101,7 @@ class LLM:
         set_num_threads(num_threads)
         target = resolve_device(device)
         folder = resolve_checkpoint(model)
-        wanted = dtype if dtype == "auto" else resolve_dtype(dtype)
+        wanted = dtype if dtype in ("auto", "int8") else resolve_dtype(dtype)
         opened = Qwen3Next.from_pretrained(folder, dtype=wanted, device=target)
         if target.type == "cpu":
             # Widening is exact, and most CPUs multiply 16-bit numbers slower than float32.

@@ -29,6 +29,7 @@ from qnext.io.names import (
 )
 from qnext.io.reader import DTYPE_CODES, CheckpointReader
 from qnext.io.writer import DEFAULT_MAX_SHARD_SIZE, write_checkpoint
+from qnext.kernels.int8_rows import quantize_rows, scale_of
 from qnext.model.init import init_weights
 from qnext.model.logical import LogicalTensor, Part, map_tensors
 from qnext.model.qwen3_next import Qwen3Next
@@ -72,7 +73,9 @@ def load_model(
     Args:
         path_or_hub_id: a folder, the name of a shipped model, or `organisation/model`.
         dtype: "auto" keeps what is stored, so that saving writes the same bytes; otherwise all
-            weights are converted. A_log and dt_bias are held in float32 at least.
+            weights are converted. A_log and dt_bias are held in float32 at least. "int8" holds
+            the large matrices in int8 with a scale for each row, to run on a CPU; what is missing
+            with strict=False then stays undefined.
         device: where the weights go; "auto" is the first GPU, else the CPU.
         strict: refuse any missing, unexpected or misshapen tensor. False loads what fits, draws
             what is missing anew, drops an incomplete MTP head, and warns with the names.
@@ -85,8 +88,11 @@ def load_model(
         ValueError: no such checkpoint, a corrupt file, an unsupported dtype or device, or
             quantised weights.
     """
-    wanted = parse_dtype(dtype)
+    is_int8 = dtype in ("int8", torch.int8)
+    wanted = parse_dtype("auto" if is_int8 else dtype)
     device = resolve_device(device)
+    if is_int8 and device.type != "cpu":
+        raise ValueError(f"dtype is int8 and device {device}; int8 weights run on a CPU")
     if device.type == "meta":
         raise ValueError("device is 'meta', which holds no weights; want auto, cpu, cuda or cuda:N")
     folder = resolve_checkpoint(path_or_hub_id)
@@ -109,6 +115,8 @@ def load_model(
     stored = _stored_dtypes(reader, tensors)
     model = Qwen3Next(config, has_mtp=has_mtp, device="meta")
     held = _held_dtypes(model, tensors, stored, wanted)
+    if is_int8:
+        held |= dict.fromkeys(model.matrix_names(), torch.int8)
     _materialise(model, held, device, is_partial=bool(report.missing or report.misshapen))
     copy_in(model, reader, tensors.values())
     reader.close()
@@ -141,6 +149,8 @@ def save_model(
     Raises:
         ValueError: an unknown layout, dtype or size.
     """
+    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
+        raise ValueError("the model holds int8 weights, which only run: save the one it came from")
     if layout not in LAYOUTS:
         raise ValueError(f"layout = {layout!r}: allowed are {', '.join(LAYOUTS)}")
     folder, wanted = Path(path).expanduser(), parse_dtype(dtype)
@@ -229,7 +239,12 @@ def copy_in(model: Qwen3Next, reader: CheckpointReader, tensors: Iterable[Logica
         source = reader.read(tensor.name)
         for part in tensor.parts:
             rows = _file_rows(source, part)
-            _parameter_rows(parameters[part.parameter], part).view(rows.shape).copy_(rows)
+            parameter = parameters[part.parameter]
+            if parameter.dtype == torch.int8:
+                rows, scale = quantize_rows(rows)
+                held = _parameter_rows(scale_of(parameter), part)
+                held.view(scale.shape).copy_(scale)
+            _parameter_rows(parameter, part).view(rows.shape).copy_(rows)
 
 
 @torch.no_grad()
@@ -335,8 +350,12 @@ def _materialise(
         module_name, _, own_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         real = torch.empty(parameter.shape, dtype=held[name], device=device)
-        setattr(module, own_name, torch.nn.Parameter(real))
-    if is_partial:
+        is_int8 = real.dtype == torch.int8
+        made = torch.nn.Parameter(real, requires_grad=not is_int8)
+        if is_int8:
+            made.row_scale = torch.ones(*real.shape[:-1], 1)  # type: ignore[attr-defined]
+        setattr(module, own_name, made)
+    if is_partial and torch.int8 not in held.values():
         init_weights(model, model.config, seed=0)
 
 

@@ -1,5 +1,7 @@
 """Multi-Token Prediction: one extra layer that drafts the tokens after the next."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -77,7 +79,7 @@ class MTPHead(nn.Module):
 
 def unrolled_steps(
     head: MTPHead,
-    embed_tokens: torch.Tensor,
+    embed: Callable[[torch.Tensor], torch.Tensor],
     table: RotaryTable,
     hidden: torch.Tensor,
     batch: ForwardBatch,
@@ -88,7 +90,7 @@ def unrolled_steps(
 
     Args:
         head: the MTP head.
-        embed_tokens: embedding shared with the trunk. [W, C]
+        embed: embedding of token ids, shared with the trunk. [T] to [T, C]
         table: of rotary angles.
         hidden: trunk states after the final norm. [T, C]
         batch: the packed tokens the states belong to.
@@ -109,7 +111,7 @@ def unrolled_steps(
         # Past a document's end a row reads its own token: what comes after has no part in it.
         is_within = batch.position_ids.roll(-step - 1) == batch.position_ids + step + 1
         following = torch.where(is_within, following, token_ids)
-        embedded = F.embedding(following, embed_tokens).to(hidden.dtype)
+        embedded = embed(following).to(hidden.dtype)
         rotation = table(batch.position_ids + step, hidden.dtype)
         if step == 0 and num_steps == 1:
             return [head(embedded, hidden, rotation, batch, None, router_stats)]

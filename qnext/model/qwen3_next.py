@@ -10,6 +10,7 @@ from torch import nn
 from qnext.cache.hybrid import HybridCache
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
+from qnext.kernels.int8_rows import scale_of
 from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
 from qnext.model.moe import RouterStats
@@ -83,7 +84,20 @@ class Qwen3Next(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations: `compute_dtype` where it is set, else that of the embedding."""
-        return self.compute_dtype or self.embed_tokens.dtype
+        stored = self.embed_tokens.dtype
+        return self.compute_dtype or (torch.float32 if stored == torch.int8 else stored)
+
+    def matrix_names(self) -> list[str]:
+        """Names of the matrices that take most of the memory and may be held in int8.
+
+        Routers and gates stay as they are: they are small, and a choice of experts is sensitive.
+        """
+        small = ("conv1d", "gate", "shared_expert_gate")
+        return [
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.dim() >= 2 and name.rpartition(".")[2] not in small
+        ]
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -92,7 +106,10 @@ class Qwen3Next(nn.Module):
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings in the activations' dtype. token_ids: [T]. Returns [T, C]"""
-        return F.embedding(token_ids, self.embed_tokens).to(self.dtype)
+        embedded = F.embedding(token_ids, self.embed_tokens).to(self.dtype)
+        if self.embed_tokens.dtype == torch.int8:
+            embedded = embedded * F.embedding(token_ids, scale_of(self.embed_tokens))
+        return embedded
 
     def forward(
         self,
@@ -191,9 +208,7 @@ class Qwen3Next(nn.Module):
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps = {num_steps!r}: must be an integer, at least 1")
         table = self.rotary_table
-        return unrolled_steps(
-            head, self.embed_tokens, table, hidden, batch, num_steps, router_stats
-        )
+        return unrolled_steps(head, self.embed, table, hidden, batch, num_steps, router_stats)
 
     @torch.no_grad()
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from qnext.engine.request import Request, SamplingParams
 from qnext.engine.text import OutputText
 from qnext.kernels.decode_step.numba import decode_step_numba, supports
 from qnext.kernels.dispatch import use_backend
+from qnext.kernels.int8_rows import quantize_rows
 from tests.model.tiny import tiny_model
 
 PAGE = 8
@@ -114,9 +115,25 @@ def test_a_step_gives_states_and_window_rows_of_the_layers(shape, decay):
         assert _close(fused.mtp_step(windows, expected).hidden, draft)
 
 
-def test_bfloat16_weights_are_widened_and_nothing_else_is_rounded():
-    model = tiny_model(dtype=torch.bfloat16)
+def _model_of(dtype, **changes):
+    """A tiny model whose matrices are of this dtype and whose activations are fp32."""
+    model = tiny_model(dtype=torch.float32 if dtype == torch.int8 else dtype, **changes)
     model.compute_dtype = torch.float32
+    if dtype == torch.int8:
+        for name in model.matrix_names():
+            module_name, _, own_name = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            held, scale = quantize_rows(getattr(module, own_name).detach())
+            parameter = torch.nn.Parameter(held, requires_grad=False)
+            parameter.row_scale = scale
+            setattr(module, own_name, parameter)
+    return model
+
+
+@pytest.mark.parametrize("shape", ["tiny", "odd sizes", "dense", "no shared expert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_narrow_weights_are_widened_and_nothing_else_is_rounded(dtype, shape):
+    model = _model_of(dtype, **SHAPES[shape])
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
     windows = _windows(range(4))
@@ -125,8 +142,9 @@ def test_bfloat16_weights_are_widened_and_nothing_else_is_rounded():
     assert fused.trunk.prepared is not None
 
 
-def test_a_rows_bits_do_not_depend_on_its_company():
-    model = tiny_model(hidden_size=40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_rows_bits_do_not_depend_on_its_company(dtype):
+    model = _model_of(dtype, hidden_size=40)
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
     with torch.inference_mode():
@@ -146,10 +164,9 @@ def _rows_of(out, lengths):
     return torch.cat([out.hidden, out.logits], dim=1).split(list(lengths))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
-    model = tiny_model(dtype=dtype, hidden_size=68)
-    model.compute_dtype = torch.float32
+    model = _model_of(dtype, hidden_size=68)
     found = []
     for num_threads in (1, 2, 3):
         cache = _cache(model)
@@ -273,3 +290,28 @@ def test_compiled_code_is_kept_in_a_folder_of_its_own_for_these_sources(tmp_path
     blocked = tmp_path / "file"
     blocked.write_text("")
     run(blocked)  # a place that cannot be a folder: compiled all the same
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_are_no_numbers_are_an_error(dtype):
+    model = _model_of(dtype)
+    with torch.no_grad():
+        model.norm.weight[3] = torch.nan
+    fused = FusedSteps(model, _cache(model), 64)
+    with torch.inference_mode(), pytest.raises(ValueError, match="NaN or infinities"):
+        fused.window(_windows([1]))
+
+
+def test_weights_that_have_changed_are_read_anew_when_a_sequence_begins():
+    model = tiny_model()
+    cache = _cache(model)
+    fused = FusedSteps(model, cache, 64)
+    with torch.inference_mode():
+        before = fused.window(_windows([1])).hidden
+    with torch.no_grad():
+        model.norm.weight += 1.0
+    fused.start(SLOTS[1])
+    with torch.inference_mode():
+        after = fused.window(_windows([1])).hidden
+        assert _close(after, model(_batch(_windows([1])), cache))
+    assert not _close(after, before)

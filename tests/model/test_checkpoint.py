@@ -13,9 +13,11 @@ from qnext.io.names import checkpoint_shapes
 from qnext.io.reader import CheckpointReader
 from qnext.io.shards import INDEX_NAME
 from qnext.io.writer import write_checkpoint
+from qnext.kernels.int8_rows import quantize_rows, scale_of, widened
 from qnext.model.checkpoint import CheckpointError, load_model, logical_tensors, save_model
 from qnext.model.init import init_weights
 from qnext.model.qwen3_next import Qwen3Next
+from tests.model.tiny import tiny_model
 
 # K differs from V, heads in odd ratios, one dense layer, both mixers: no two sizes are alike.
 TINY = ModelConfig(
@@ -367,3 +369,31 @@ def test_a_device_that_holds_no_weights_here_is_refused_by_name(tmp_path, device
     save_model(Qwen3Next(TINY), tmp_path)
     with pytest.raises(ValueError, match=f"device is '{device}'"):
         load_model(tmp_path, device=device)
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
+def test_int8_is_quantised_row_by_row_while_loading(tmp_path, layout):
+    model = tiny_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path, layout=layout)
+    loaded = Qwen3Next.from_pretrained(tmp_path, dtype="int8")
+    assert loaded.dtype == torch.float32
+    held = dict(loaded.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in loaded.matrix_names():
+            assert torch.equal(held[name], parameter), name
+            continue
+        expected, scale = quantize_rows(parameter.detach())
+        assert torch.equal(held[name], expected), name
+        assert torch.equal(scale_of(held[name]), scale), name
+    ids = torch.arange(20)
+    widened_model = model.float()
+    with torch.no_grad():
+        for name, parameter in widened_model.named_parameters():
+            parameter.copy_(widened(held[name], torch.float32))
+    expected = widened_model.logits(ids)
+    # What stays in bfloat16 may be multiplied in bfloat16, hence the bound.
+    assert (loaded.logits(ids) - expected).norm() / expected.norm() < 2e-3
+    assert torch.isfinite(loaded.mtp_logits(ids, 2)[:5]).all()
+    with pytest.raises(ValueError, match="int8 weights, which only run"):
+        loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()

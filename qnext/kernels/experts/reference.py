@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.int8_rows import widened
+
 
 def experts_reference(
     x: torch.Tensor,
@@ -28,6 +30,7 @@ def experts_reference(
         [T, C] in the dtype of x.
     """
     num_tokens, num_active = top_ids.shape
+    gate_up, down = widened(gate_up, x.dtype), widened(down, x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     slots = torch.zeros(num_tokens * num_active, x.shape[1], dtype=wide, device=x.device)
     flat_ids = top_ids.reshape(-1)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.int8_rows import widened
 from qnext.kernels.linear.torch import aligned_rows, empty_rows
 
 # Elements that torch's vector loops take at a time on the widest CPUs, twice 512 bits of fp32.
@@ -66,6 +67,7 @@ def experts_torch(
     compiled and captured. row_stable takes one matrix-vector product per pair instead, because
     grouped products choose their blocking from the number of rows.
     """
+    gate_up, down = _float_rows(gate_up, x), _float_rows(down, x)
     if row_stable:
         return _row_by_row(x, gate_up, down, top_weights, top_ids)
     num_tokens, num_active = top_ids.shape
@@ -85,6 +87,11 @@ def experts_torch(
     # ten times as long.
     wide = torch.promote_types(x.dtype, torch.float32)
     return (slots.to(wide) * top_weights.to(wide)[..., None]).sum(1).to(x.dtype)
+
+
+def _float_rows(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """An int8 weight in the dtype of x; others are cast where they are used, one by one."""
+    return widened(weight, x.dtype) if weight.dtype == torch.int8 else weight
 
 
 def _row_by_row(

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.int8_rows import widened
+
 
 def linear_reference(
     x: torch.Tensor,
@@ -14,7 +16,8 @@ def linear_reference(
 
     Args:
         x: rows. [T, C]
-        weight: [N, C]; cast to the dtype of x, so that fp32 masters serve bf16 activations.
+        weight: [N, C]; cast to the dtype of x, so that fp32 masters serve bf16 activations. An
+            int8 one has its rows' scales as `row_scale`.
         row_stable: each row's sum runs in one order whatever the other rows are. A matrix
             product picks its blocking from the number of rows; one call per row cannot.
         out_dtype: dtype of the result, computed without rounding to a narrower one; None for
@@ -24,7 +27,7 @@ def linear_reference(
         [T, N]
     """
     x = x.to(out_dtype or x.dtype)
-    weight = weight.to(x.dtype)
+    weight = widened(weight, x.dtype)
     if not row_stable or x.shape[0] == 1:
         return F.linear(x, weight)
     # clone() starts every row at the allocator's alignment, which vector code may depend on.

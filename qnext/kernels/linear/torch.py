@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.int8_rows import widened
+
 VECTOR_BYTES = 64  # widest vector, and the alignment of torch's allocations
 
 
@@ -29,7 +31,7 @@ def linear_torch(
     A wider out_dtype is what a GPU's product sums in anyway. On a CPU, which has no such product,
     and where a gradient is wanted, the result is rounded to the dtype of x first.
     """
-    weight = weight.to(x.dtype)
+    weight = widened(weight, x.dtype)
     if row_stable:
         out = matrix_times_rows(weight, x)
     elif out_dtype in (None, x.dtype) or not x.is_cuda or _wants_gradient(x, weight):
