@@ -8,6 +8,8 @@ from qnext.kernels.experts.torch import experts_torch
 from qnext.kernels.int8_rows import quantize_rows, scale_of, widened
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.linear.torch import linear_torch
+from qnext.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from qnext.kernels.linear_cross_entropy.torch import linear_cross_entropy_torch
 
 
 def quantized(*shape):
@@ -47,6 +49,16 @@ def test_products_take_the_scales_into_account():
     for function in (linear_torch, linear_reference):
         for row_stable in (False, True):
             torch.testing.assert_close(function(x, weight, row_stable), expected)
+
+
+def test_the_loss_takes_the_scales_into_account():
+    weight, hidden = quantized(12, 20), torch.randn(3, 20)
+    targets = torch.tensor([1, 5, 11])
+    expected = torch.nn.functional.cross_entropy(
+        hidden @ (weight * weight.row_scale).t(), targets, reduction="sum"
+    )
+    for function in (linear_cross_entropy_torch, linear_cross_entropy_reference):
+        torch.testing.assert_close(function(hidden, weight, targets)[0], expected)
 
 
 def test_experts_take_the_scales_into_account():

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 IGNORED = -100
 
+from qnext.kernels.int8_rows import widened
+
 
 def linear_cross_entropy_reference(
     hidden: torch.Tensor,
@@ -29,7 +31,7 @@ def linear_cross_entropy_reference(
     Source: z-loss, PaLM, https://arxiv.org/abs/2204.02311
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = (hidden @ weight.to(hidden.dtype).t()).to(wide)  # [T, W]
+    logits = (hidden @ widened(weight, hidden.dtype).t()).to(wide)  # [T, W]
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     is_counted = targets != IGNORED
     total = loss

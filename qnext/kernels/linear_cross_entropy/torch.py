@@ -10,6 +10,8 @@ IGNORED = -100
 # Logits held at a time: 2^26 are 128 MiB in bf16 and still large matrix products.
 CHUNK_LOGITS = 1 << 26
 
+from qnext.kernels.int8_rows import widened
+
 
 def supports(
     hidden: torch.Tensor,
@@ -28,6 +30,8 @@ def linear_cross_entropy_torch(
     z_weight: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `linear_cross_entropy_reference`; the gradients are made along with the loss."""
+    if weight.dtype == torch.int8:
+        weight = widened(weight, hidden.dtype)
     total, loss = _LinearCrossEntropy.apply(hidden, weight, targets, z_weight)
     return total, loss, (targets != IGNORED).sum()
 
