@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
-
 from qnext.kernels.int8_rows import widened
+
+IGNORED = -100
 
 
 def linear_cross_entropy_reference(

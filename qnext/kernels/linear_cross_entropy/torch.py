@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from qnext.kernels.int8_rows import widened
+
 IGNORED = -100
 # Logits held at a time: 2^26 are 128 MiB in bf16 and still large matrix products.
 CHUNK_LOGITS = 1 << 26
-
-from qnext.kernels.int8_rows import widened
 
 
 def supports(
