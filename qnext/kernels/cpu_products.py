@@ -160,6 +160,7 @@ def _block(num_outputs: int, num_rows: int) -> Any:
         weight: Any,
         stride: Any,
         first_output: Any,
+        ahead: Any,
         x: Any,
         x_stride: Any,
         x_rows: Any,
@@ -171,10 +172,13 @@ def _block(num_outputs: int, num_rows: int) -> Any:
         pair, one = _WIDENING[weight.dtype]
         line = LINE_BYTES * 8 // weight.dtype.bitwidth
         index = types.int64
-        signature = types.void(weight, index, index, x, index, x_rows, index, out, index, out_rows)
+        signature = types.void(
+            weight, index, index, weight, x, index, x_rows, index, out, index, out_rows
+        )
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            weight, stride, first, x, x_stride, x_rows, length, out, out_stride, out_rows = args
+            weight, stride, first, ahead, x, x_stride, x_rows, length, *targets = args
+            out, out_stride, out_rows = targets
             fma = fused_multiply_add(builder.module, _FLOATS)
             weights = [
                 builder.gep(weight, [builder.mul(builder.add(first, _I64(n)), stride)])
@@ -189,11 +193,11 @@ def _block(num_outputs: int, num_rows: int) -> Any:
             whole = builder.and_(length, _I64(-CHUNK))
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
             loop = ColumnLoop(builder, _I64(0), whole, CHUNK, [zero] * (num_outputs * num_rows))
-            # The next block's rows follow these in memory. Fetched line after line they come as
-            # one stream, where the rows side by side would be a short stream each.
-            ahead = builder.mul(builder.add(stride, loop.index), _I64(num_outputs))
+            # What is read next, fetched line after line: it comes as one stream, where rows side
+            # by side would be a short stream each.
+            done = builder.mul(loop.index, _I64(num_outputs))
             for place in range(0, num_outputs * CHUNK, line):
-                _prefetch(builder, weights[0], builder.add(ahead, _I64(place)))
+                _prefetch(builder, ahead, builder.add(done, _I64(place)))
             parts = [pair(builder, one_row, loop.index) for one_row in weights]
             sums = list(loop.values)
             for half in (0, 1):
@@ -232,11 +236,73 @@ _block_4x2, _block_1x2 = _block(4, 2), _block(1, 2)
 _block_4x4, _block_1x4 = _block(4, 4), _block(1, 4)
 
 
+@inner
+def _eight(weight: Any, stride: Any, n: Any, ahead: Any, x: Any, sizes: Any, out: Any) -> None:
+    """Eight outputs of all rows. x: (rows, stride, which); sizes: (length, count); out: as x"""
+    x_data, x_stride, x_rows = x
+    out_data, out_stride, out_rows = out
+    length, num_rows = sizes
+    t = 0
+    while t < num_rows:
+        rows, targets = offset(x_rows, t), offset(out_rows, t)
+        if num_rows - t >= 4:
+            for i in range(0, 8, 4):
+                _block_4x4(
+                    weight, stride, n + i, offset(ahead, i * stride), x_data, x_stride, rows,
+                    length, out_data, out_stride, targets,
+                )  # fmt: skip
+            t += 4
+        elif num_rows - t >= 2:
+            for i in range(0, 8, 4):
+                _block_4x2(
+                    weight, stride, n + i, offset(ahead, i * stride), x_data, x_stride, rows,
+                    length, out_data, out_stride, targets,
+                )  # fmt: skip
+            t += 2
+        else:
+            _block_8x1(
+                weight, stride, n, ahead, x_data, x_stride, rows,
+                length, out_data, out_stride, targets,
+            )  # fmt: skip
+            t += 1
+        ahead = offset(weight, n * stride)  # fetched once is enough
+
+
+@inner
+def _single(weight: Any, stride: Any, n: Any, ahead: Any, x: Any, sizes: Any, out: Any) -> None:
+    """One output of all rows; arguments as for `_eight`."""
+    x_data, x_stride, x_rows = x
+    out_data, out_stride, out_rows = out
+    length, num_rows = sizes
+    t = 0
+    while t < num_rows:
+        rows, targets = offset(x_rows, t), offset(out_rows, t)
+        if num_rows - t >= 4:
+            _block_1x4(
+                weight, stride, n, ahead, x_data, x_stride, rows,
+                length, out_data, out_stride, targets,
+            )  # fmt: skip
+            t += 4
+        elif num_rows - t >= 2:
+            _block_1x2(
+                weight, stride, n, ahead, x_data, x_stride, rows,
+                length, out_data, out_stride, targets,
+            )  # fmt: skip
+            t += 2
+        else:
+            _block_1x1(
+                weight, stride, n, ahead, x_data, x_stride, rows,
+                length, out_data, out_stride, targets,
+            )  # fmt: skip
+            t += 1
+
+
 def _multiply(
     weight: Any,
     stride: Any,
     start: Any,
     end: Any,
+    following: Any,
     x: Any,
     x_stride: Any,
     x_rows: Any,
@@ -247,65 +313,28 @@ def _multiply(
     num_rows: Any,
 ) -> None:
     """The code of PRODUCTS; `products` says what it does."""
+    rows, targets, sizes = (x, x_stride, x_rows), (out, out_stride, out_rows), (length, num_rows)
     n = start
     while n < end:
-        t = 0
-        step = min(8, end - n)
-        is_whole = step == 8
-        while t < num_rows:
-            rows, targets = offset(x_rows, t), offset(out_rows, t)
-            left = num_rows - t
-            if left >= 4:
-                if is_whole:
-                    for part in range(2):
-                        _block_4x4(
-                            weight, stride, n + 4 * part, x, x_stride, rows, length,
-                            out, out_stride, targets,
-                        )  # fmt: skip
-                else:
-                    for i in range(step):
-                        _block_1x4(
-                            weight, stride, n + i, x, x_stride, rows, length,
-                            out, out_stride, targets,
-                        )  # fmt: skip
-                t += 4
-            elif left >= 2:
-                if is_whole:
-                    for part in range(2):
-                        _block_4x2(
-                            weight, stride, n + 4 * part, x, x_stride, rows, length,
-                            out, out_stride, targets,
-                        )  # fmt: skip
-                else:
-                    for i in range(step):
-                        _block_1x2(
-                            weight, stride, n + i, x, x_stride, rows, length,
-                            out, out_stride, targets,
-                        )  # fmt: skip
-                t += 2
-            else:
-                if is_whole:
-                    _block_8x1(
-                        weight, stride, n, x, x_stride, rows, length, out, out_stride, targets
-                    )
-                else:
-                    for i in range(step):
-                        _block_1x1(
-                            weight, stride, n + i, x, x_stride, rows, length,
-                            out, out_stride, targets,
-                        )  # fmt: skip
-                t += 1
-        n += step
+        ahead = offset(weight, (n + 8) * stride) if n + 8 < end else following
+        if end - n >= 8:
+            _eight(weight, stride, n, ahead, rows, sizes, targets)
+            n += 8
+        else:
+            _single(weight, stride, n, ahead, rows, sizes, targets)
+            n += 1
 
 
 _Index, _Floats, _Rows = types.int64, types.CPointer(types.float32), types.CPointer(types.int64)
-_AFTER_WEIGHT = (
-    *(_Index, _Index, _Index, _Floats, _Index, _Rows, _Index, _Floats, _Index, _Rows, _Index),
-)
+
+
+def _signature(weight: Any) -> Any:
+    rows = (_Floats, _Index, _Rows)
+    return types.void(weight, _Index, _Index, _Index, weight, *rows, _Index, *rows, _Index)
 
 
 def _for_weights_of(dtype: Any) -> CompiledFunction:
-    return CompiledFunction(_multiply, types.void(types.CPointer(dtype), *_AFTER_WEIGHT))
+    return CompiledFunction(_multiply, _signature(types.CPointer(dtype)))
 
 
 PRODUCTS = {
@@ -323,6 +352,7 @@ def products(
     stride: Any,
     start: Any,
     end: Any,
+    following: Any,
     x: Any,
     x_stride: Any,
     x_rows: Any,
@@ -338,18 +368,19 @@ def products(
         function: address of the one of PRODUCTS that takes this kind of weight. A call by address
             keeps its code out of all that use it, which compile many times faster so.
         weight: address of rows of `length` elements, `stride` apart.
+        following: address of what is read after this, to be fetched meanwhile; any will do.
         x: rows as `arrange` lays them out for this kind of weight, x_stride apart. fp32
         x_rows, out_rows: rows to read and to write. num_rows of int64
         out: fp32 rows, out_stride apart.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds = [context.get_value_type(kind) for kind in (types.int64, *_AFTER_WEIGHT)]
+        kinds = [context.get_value_type(kind) for kind in signature.args[1:]]
         target = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
         builder.call(builder.inttoptr(args[0], target), args[1:])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, *_AFTER_WEIGHT), generate
+    return types.void(types.int64, *_signature(types.int64).args), generate
 
 
 @inner

@@ -35,7 +35,7 @@ def _project(t: Any, weight: Any, scale: Any, shape: Any, x: Any, x_stride: Any,
     identity = ints_at(t[F.IDENTITY])
     stride, num_rows = t[F.STRIDE_FUSED], t[F.NUM_ROWS]
     products(
-        t[F.PRODUCTS], weight, size, start, end, x, x_stride, identity, size,
+        t[F.PRODUCTS], weight, size, start, end, weight, x, x_stride, identity, size,
         out, stride, identity, num_rows,
     )  # fmt: skip
     scale_rows(scale, start, end, out, stride, identity, num_rows)
@@ -49,7 +49,7 @@ def _workplace(t: Any) -> Any:
 
 @inner
 def _norm_rows(t: Any, weight: Any, normed: Any, arranged: Any) -> None:
-    """Zero-centred norm of the residual rows, plain and laid out for products with `like`."""
+    """Zero-centred norm of the residual rows, plain and laid out for products."""
     eps, stride = from_bits(np.int32(t[F.EPS])), t[F.STRIDE_C]
     x = floats_at(t[F.X])
     for i in range(t[F.NUM_ROWS]):
@@ -166,8 +166,8 @@ def _head(t: Any, arranged: Any) -> None:
     start, end = share(num_outputs, 8)
     identity, logits = ints_at(t[F.IDENTITY]), floats_at(t[F.LOGITS])
     products(
-        t[F.PRODUCTS], t[F.HEAD], size, start, end, arranged, t[F.STRIDE_C], identity, size,
-        logits, num_outputs, identity, num_rows,
+        t[F.PRODUCTS], t[F.HEAD], size, start, end, t[F.HEAD], arranged, t[F.STRIDE_C],
+        identity, size, logits, num_outputs, identity, num_rows,
     )  # fmt: skip
     scale_rows(t[F.HEAD_SCALE], start, end, logits, num_outputs, identity, num_rows)
     values = offset(floats_at(t[F.BEST_VALUES]), thread_idx() * t[F.MAX_ROWS])

@@ -15,18 +15,24 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @inner
-def _up(t: Any, weight: Any, scale: Any, width: Any, x: Any, rows: Any, out: Any) -> None:
+def _up(
+    t: Any, weight: Any, scale: Any, width: Any, x: Any, rows: Any, out: Any, following: Any
+) -> None:
     """Gate and up rows of an MLP, this thread's part of its width.
 
-    rows: (of x, of out, how many)
+    Args:
+        rows: (of x, of out, how many).
+        following: address of the weight that comes next.
     """
     size, stride = t[F.C], t[F.STRIDE_UP]
     own, targets, count = rows
     start, end = share(width, 8)
+    row_bytes = size * t[F.WEIGHT_BYTES]
     for part in range(2):
         first, last = part * width + start, part * width + end
+        ahead = (following if part == 1 else weight + width * row_bytes) + start * row_bytes
         products(
-            t[F.PRODUCTS], weight, size, first, last, x, t[F.STRIDE_C], own, size,
+            t[F.PRODUCTS], weight, size, first, last, ahead, x, t[F.STRIDE_C], own, size,
             out, stride, targets, count,
         )  # fmt: skip
         scale_rows(scale, first, last, out, stride, targets, count)
@@ -43,27 +49,23 @@ def _activate(up: Any, stride: Any, num_rows: Any, width: Any) -> None:
 
 
 @inner
-def _experts_up(t: Any, row: Any, x: Any, routes: Any) -> None:
+def _experts_up(t: Any, row: Any, x: Any, routes: Any, num_chosen: Any) -> None:
     """Hidden rows of all chosen experts, this thread's part of their width."""
     width, size = t[F.I], t[F.C]
     num_pairs = t[F.NUM_ROWS] * t[F.A]
-    rows = offset(routes, t[F.E] + 1 + num_pairs)
+    rows = offset(routes, t[F.E] + 1)
+    chosen = offset(rows, 2 * num_pairs)
     identity, up = ints_at(t[F.IDENTITY]), floats_at(t[F.EXPERT_UP])
-    for e in range(t[F.E]):
+    expert_bytes = 2 * width * size * t[F.WEIGHT_BYTES]
+    for i in range(num_chosen):
+        e = chosen[i]
         first, count = routes[e], routes[e + 1] - routes[e]
-        if count > 0:
-            weight = row[F.EXPERTS_UP] + e * 2 * width * size * t[F.WEIGHT_BYTES]
-            scale = row[F.EXPERTS_UP_SCALE]
-            scale = scale + e * 2 * width * 4 if scale != 0 else scale
-            _up(
-                t,
-                weight,
-                scale,
-                width,
-                x,
-                (offset(rows, first), offset(identity, first), count),
-                up,
-            )
+        weight = row[F.EXPERTS_UP] + e * expert_bytes
+        scale = row[F.EXPERTS_UP_SCALE]
+        scale = scale + e * 2 * width * 4 if scale != 0 else scale
+        following = row[F.EXPERTS_UP] + chosen[min(i + 1, num_chosen - 1)] * expert_bytes
+        own = (offset(rows, first), offset(identity, first), count)
+        _up(t, weight, scale, width, x, own, up, following)
     _activate(up, t[F.STRIDE_UP], num_pairs, width)
 
 
@@ -79,27 +81,31 @@ def _arranged(t: Any, field: Any, num_rows: Any, size: Any, first_row: Any) -> A
 
 
 @inner
-def _experts_down(t: Any, row: Any, routes: Any, start: Any, end: Any) -> None:
+def _experts_down(t: Any, row: Any, routes: Any, num_chosen: Any, start: Any, end: Any) -> None:
     """Down rows [start, end) of all chosen experts, a row of EXPERT_OUT for each pair."""
     size, width, stride = t[F.C], t[F.I], t[F.STRIDE_C]
+    num_pairs = t[F.NUM_ROWS] * t[F.A]
+    chosen = offset(routes, t[F.E] + 1 + 2 * num_pairs)
     identity, out = ints_at(t[F.IDENTITY]), floats_at(t[F.EXPERT_OUT])
-    hidden = _arranged(t, F.EXPERT_UP, t[F.NUM_ROWS] * t[F.A], width, 0)
-    for e in range(t[F.E]):
+    hidden = _arranged(t, F.EXPERT_UP, num_pairs, width, 0)
+    row_bytes = width * t[F.WEIGHT_BYTES]
+    for i in range(num_chosen):
+        e = chosen[i]
         first, count = routes[e], routes[e + 1] - routes[e]
-        if count > 0:
-            weight = row[F.EXPERTS_DOWN] + e * size * width * t[F.WEIGHT_BYTES]
-            scale = row[F.EXPERTS_DOWN_SCALE]
-            scale = scale + e * size * 4 if scale != 0 else scale
-            own = offset(identity, first)
-            products(
-                t[F.PRODUCTS], weight, width, start, end, hidden, t[F.STRIDE_I], own, width,
-                out, stride, own, count,
-            )  # fmt: skip
-            scale_rows(scale, start, end, out, stride, own, count)
+        weight = row[F.EXPERTS_DOWN] + e * size * row_bytes
+        scale = row[F.EXPERTS_DOWN_SCALE]
+        scale = scale + e * size * 4 if scale != 0 else scale
+        following = (chosen[min(i + 1, num_chosen - 1)] * size + start) * row_bytes
+        own = offset(identity, first)
+        products(
+            t[F.PRODUCTS], weight, width, start, end, row[F.EXPERTS_DOWN] + following,
+            hidden, t[F.STRIDE_I], own, width, out, stride, own, count,
+        )  # fmt: skip
+        scale_rows(scale, start, end, out, stride, own, count)
 
 
 @inner
-def _add_down(t: Any, row: Any, weights: Any, gates: Any, routes: Any) -> None:
+def _add_down(t: Any, row: Any, weights: Any, gates: Any, routes: Any, num_chosen: Any) -> None:
     """Down rows of this thread's part of C, weighted and added to the residual rows."""
     size, shared, stride = t[F.C], row[F.SHARED_WIDTH], t[F.STRIDE_C]
     num_rows, num_active = t[F.NUM_ROWS], t[F.A] if row[F.IS_MOE] else 0
@@ -108,15 +114,15 @@ def _add_down(t: Any, row: Any, weights: Any, gates: Any, routes: Any) -> None:
     out, shared_out = floats_at(t[F.EXPERT_OUT]), floats_at(t[F.SHARED_OUT])
     start, end = share(size, 8)
     if num_active > 0:
-        _experts_down(t, row, routes, start, end)
+        _experts_down(t, row, routes, num_chosen, start, end)
     if shared > 0:
         hidden = _arranged(t, F.SHARED_HIDDEN, num_rows, shared, num_pairs)
         products(
-            t[F.PRODUCTS], row[F.SHARED_DOWN], shared, start, end, hidden, t[F.STRIDE_I],
-            identity, shared, shared_out, stride, identity, num_rows,
+            t[F.PRODUCTS], row[F.SHARED_DOWN], shared, start, end, row[F.SHARED_DOWN], hidden,
+            t[F.STRIDE_I], identity, shared, shared_out, stride, identity, num_rows,
         )  # fmt: skip
         scale_rows(row[F.SHARED_DOWN_SCALE], start, end, shared_out, stride, identity, num_rows)
-    places = offset(routes, t[F.E] + 1 + 2 * num_pairs)
+    places = offset(routes, t[F.E] + 1 + num_pairs)
     for i in range(num_rows):
         target, added = offset(floats_at(t[F.X]), i * stride), offset(shared_out, i * stride)
         for c in range(start, end):
@@ -144,17 +150,19 @@ def mix_experts(t: Any, row: Any, normed: Any, arranged: Any) -> None:
     gates = offset(weights, t[F.MAX_ROWS] * t[F.A])
     identity = ints_at(t[F.IDENTITY])
     shared, up = row[F.SHARED_WIDTH], floats_at(t[F.SHARED_HIDDEN])
+    num_chosen = 0
     for i in range(num_rows):
         gates[i] = _ONE
     if row[F.IS_MOE]:
         start, end = share(num_experts + 1, 1)
         products(
-            t[F.PRODUCTS_FLOAT], row[F.ROUTER], t[F.C], start, end, normed, t[F.STRIDE_C],
-            identity, t[F.C], probs, num_experts + 1, identity, num_rows,
+            t[F.PRODUCTS_FLOAT], row[F.ROUTER], t[F.C], start, end, row[F.ROUTER], normed,
+            t[F.STRIDE_C], identity, t[F.C], probs, num_experts + 1, identity, num_rows,
         )  # fmt: skip
     if shared > 0:
         rows = (identity, identity, num_rows)
-        _up(t, row[F.SHARED_UP], row[F.SHARED_UP_SCALE], shared, arranged, rows, up)
+        weight = row[F.SHARED_UP]
+        _up(t, weight, row[F.SHARED_UP_SCALE], shared, arranged, rows, up, weight)
         _activate(up, t[F.STRIDE_UP], num_rows, shared)
     if row[F.IS_MOE]:
         meet(team)
@@ -162,8 +170,8 @@ def mix_experts(t: Any, row: Any, normed: Any, arranged: Any) -> None:
             own[i] = probs[i]
         for i in range(num_rows):
             gates[i] = sigmoid(own[i * (num_experts + 1) + num_experts])
-        route_window(t, own, weights, routes)
-        _experts_up(t, row, arranged, routes)
+        num_chosen = route_window(t, own, weights, routes)
+        _experts_up(t, row, arranged, routes, num_chosen)
     meet(team)
-    _add_down(t, row, weights, gates, routes)
+    _add_down(t, row, weights, gates, routes, num_chosen)
     meet(team)

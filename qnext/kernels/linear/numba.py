@@ -35,7 +35,7 @@ def _rows_times_matrix(t: Any) -> None:
     identity = ints_at(t[6])
     start, end = share(t[2], 8)
     products(
-        t[0], t[1], t[3], start, end, floats_at(t[4]), t[3], identity, t[3],
+        t[0], t[1], t[3], start, end, t[1], floats_at(t[4]), t[3], identity, t[3],
         floats_at(t[7]), t[2], identity, t[5],
     )  # fmt: skip
 

@@ -125,8 +125,9 @@ def _attend(t: Any, rows: Any, memory: Any, head: Any, room: Any) -> None:
     for first in range(0, length, page_size):
         num_keys = min(page_size, length - first)
         place = (pages[first // page_size] * page_size * hkv + head) * d
+        block = keys + place * 4
         products(
-            t[F.PRODUCTS_FLOAT], keys + place * 4, hkv * d, 0, num_keys, queries, d, identity, d,
+            t[F.PRODUCTS_FLOAT], block, hkv * d, 0, num_keys, block, queries, d, identity, d,
             scores, page_size, identity, num_queries,
         )  # fmt: skip
         for i in range(num_queries):

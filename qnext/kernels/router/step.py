@@ -38,23 +38,26 @@ def _choose(logits: Any, t: Any, ids: Any, weights: Any) -> None:
 
 
 @inner
-def route_window(t: Any, logits: Any, weights: Any, routes: Any) -> None:
+def route_window(t: Any, logits: Any, weights: Any, routes: Any) -> Any:
     """Routes of all rows, grouped by expert; every thread works them out for itself.
 
     Args:
         t: table of the step.
         logits: [T, E + 1]; spoilt.
         weights: of each row's experts, the best first. [T, A]
-        routes: room for E + 1 bounds of the experts' groups, then four lists of T * A: the pairs
-            (row * A + rank) by group, the row of each, each pair's place in that order, and the
-            experts' ids by pair. int64
+        routes: room for E + 1 bounds of the experts' groups of pairs (row * A + rank), then four
+            lists of T * A: the row of each pair in the order of groups, each pair's place in that
+            order, the experts that have any, and the experts' ids by pair. int64
+
+    Returns:
+        How many experts have any.
     """
     num_rows, num_experts, num_active = t[F.NUM_ROWS], t[F.E], t[F.A]
     num_pairs = num_rows * num_active
     bounds = routes
-    pairs = offset(routes, num_experts + 1)
-    rows, places = offset(pairs, num_pairs), offset(pairs, 2 * num_pairs)
-    ids = offset(pairs, 3 * num_pairs)
+    rows = offset(routes, num_experts + 1)
+    places, chosen = offset(rows, num_pairs), offset(rows, 2 * num_pairs)
+    ids = offset(rows, 3 * num_pairs)
     for row in range(num_rows):
         own = offset(logits, row * (num_experts + 1))
         _choose(own, t, offset(ids, row * num_active), offset(weights, row * num_active))
@@ -62,14 +65,19 @@ def route_window(t: Any, logits: Any, weights: Any, routes: Any) -> None:
         bounds[e] = 0
     for pair in range(num_pairs):
         bounds[ids[pair] + 1] += 1
+    num_chosen = 0
     for e in range(num_experts):
+        if bounds[e + 1] > 0:
+            chosen[num_chosen] = e
+            num_chosen += 1
         bounds[e + 1] += bounds[e]
     for pair in range(num_pairs):
         e = ids[pair]
         place = bounds[e]
-        pairs[place], rows[place], places[pair] = pair, pair // num_active, place
+        rows[place], places[pair] = pair // num_active, place
         bounds[e] = place + 1
     # Each bound has moved to its group's end, which is the next one's start.
     for e in range(num_experts, 0, -1):
         bounds[e] = bounds[e - 1]
     bounds[0] = 0
+    return num_chosen
