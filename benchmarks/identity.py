@@ -12,7 +12,7 @@ import json
 
 import torch
 
-from benchmarks.generate import PROMPTS
+from benchmarks.prompts import PROMPTS
 from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
 

@@ -4,8 +4,8 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Measurement:
         values: one per repeat, in order.
         baseline: name of the measurement that this one is shown as a multiple of.
         note: what a reader must know beside the number ("accepted 63 %").
+        labels: the parts of the name, for programs that group ("model", "cell", "engine").
     """
 
     name: str
@@ -34,11 +35,20 @@ class Measurement:
     values: tuple[float, ...]
     baseline: str | None = None
     note: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
         """Middle value, which one disturbed repeat does not move."""
         return statistics.median(self.values)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was asked for and not measured, and why."""
+
+    name: str
+    reason: str
 
 
 def environment(num_threads: int) -> dict[str, Any]:
@@ -48,6 +58,7 @@ def environment(num_threads: int) -> dict[str, Any]:
         "revision": git_revision(REPO_ROOT),
         "command": shlex.join([Path(sys.executable).name, "-m", *_module_and_arguments()]),
         "cpu": cpu.name,
+        "cpu_features": list(cpu.features),
         "num_cores": cpu.num_cores,
         "num_threads": num_threads,
         "gpus": [gpu.name for gpu in gpu_infos()],
@@ -64,19 +75,44 @@ def _module_and_arguments() -> list[str]:
     return [module, *sys.argv[1:]]
 
 
-def print_report(measurements: Sequence[Measurement], where: dict[str, Any]) -> None:
-    """Print a table with medians, spreads and ratios, then everything as one JSON line."""
+def print_report(
+    measurements: Sequence[Measurement],
+    where: Mapping[str, Any],
+    skipped: Sequence[Skipped] = (),
+) -> dict[str, Any]:
+    """Print a table with medians, spreads and ratios, then everything as one JSON line.
+
+    Returns:
+        What the JSON line holds.
+    """
     medians = {each.name: each.median for each in measurements}
-    width = max(len(each.name) for each in measurements)
+    width = max((len(each.name) for each in measurements), default=0)
     print(f"{where['cpu']}, {where['num_threads']} threads, torch {where['torch']}")
     print(f"revision {where['revision'] or 'unknown'}: {where['command']}\n")
     for each in measurements:
-        low, high = min(each.values), max(each.values)
+        spread = f"[{readable(min(each.values))} to {readable(max(each.values))}]"
         ratio = ""
-        if each.baseline in medians:
-            ratio = f"{each.median / medians[each.baseline]:5.2f}x"
-        row = f"{each.name:<{width}}  {each.median:>10,.0f} {each.unit}"
-        row += f"  [{low:,.0f} to {high:,.0f}]  {ratio}  {each.note}"
-        print(row.rstrip())
-    record = {**where, "measurements": [asdict(each) for each in measurements]}
+        if each.baseline is not None and medians.get(each.baseline):
+            ratio = f"{each.median / medians[each.baseline]:5.2f}x of {each.baseline}"
+        row = f"{each.name:<{width}}  {readable(each.median):>10} {each.unit}"
+        print("  ".join(part for part in (row, spread, ratio, each.note) if part))
+    for one in skipped:
+        print(f"not measured: {one.name}: {one.reason}")
+    record = {
+        **where,
+        "measurements": [asdict(each) for each in measurements],
+        "skipped": [asdict(one) for one in skipped],
+    }
     print("\n" + json.dumps(record))
+    return record
+
+
+def readable(value: float) -> str:
+    """Three digits at least, none after the point where they would say nothing."""
+    if abs(value) >= 100 or value == 0:
+        return f"{value:,.0f}"
+    if abs(value) < 0.001:
+        return f"{value:.1e}"
+    return (
+        f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+    )

@@ -95,23 +95,46 @@ def transformed_probs(logits: FloatArray, params: SamplingParams) -> FloatArray:
     Returns:
         Probabilities that sum to 1. [W]
     """
+    size = logits.size
     if params.is_greedy:
         probs = np.zeros_like(logits)
         probs[int(logits.argmax())] = 1.0
         return probs
+    ids = None
+    if 0 < params.top_k < logits.size:
+        ids = _largest_ids(logits, params.top_k)
+        logits = logits[ids]
     weights = np.exp((logits - logits.max()) / params.temperature)  # the largest is 1
     if params.min_p > 0.0:
         weights[weights < params.min_p] = 0.0
-    if 0 < params.top_k < weights.size:
-        smallest = np.partition(weights, -params.top_k)[-params.top_k]
-        _keep_largest(weights, smallest, params.top_k)
     if params.top_p < 1.0:
-        descending = np.sort(weights)[::-1]
-        reached = np.cumsum(descending)
-        num_kept = int(np.searchsorted(reached, params.top_p * reached[-1])) + 1
-        num_kept = min(num_kept, weights.size)
-        _keep_largest(weights, descending[num_kept - 1], num_kept)
-    return weights / weights.sum()
+        _cut_top_p(weights, params.top_p)
+    weights /= weights.sum()
+    if ids is None:
+        return weights
+    probs = np.zeros(size)
+    probs[ids] = weights
+    return probs
+
+
+def _largest_ids(values: FloatArray, count: int) -> NDArray[np.int64]:
+    """Indices of the largest values, ascending; the lowest indices among equals at the cut."""
+    smallest = np.partition(values, -count)[-count]
+    larger = np.flatnonzero(values > smallest)
+    equal = np.flatnonzero(values == smallest)[: count - larger.size]
+    return np.sort(np.concatenate([larger, equal]))
+
+
+def _cut_top_p(weights: FloatArray, top_p: float) -> None:
+    """Zero all but the fewest largest weights that reach the share top_p of the sum, in place."""
+    goal = top_p * weights.sum()
+    # Weights up to the missing share divided by their number cannot fill it, so the cut lies among
+    # the larger ones: those few are sorted instead of a vocabulary.
+    bound = (1.0 - 1e-9) * (1.0 - top_p) * weights.sum() / weights.size
+    descending = np.sort(weights[weights > bound])[::-1]
+    num_kept = int(np.searchsorted(np.cumsum(descending), goal)) + 1
+    num_kept = min(num_kept, descending.size)
+    _keep_largest(weights, descending[num_kept - 1], num_kept)
 
 
 def _keep_largest(weights: FloatArray, smallest: float, num_kept: int) -> None:
