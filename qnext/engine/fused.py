@@ -1,6 +1,7 @@
 """Whole-step kernels for windows on a CPU, where one exists for the model and its cache."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,6 +96,7 @@ class FusedSteps:
             state_slots=[state_slot(rows.request) for rows in windows],
             pages=[rows.request.page_ids for rows in windows],
             hidden=hidden,
+            scores_last=hidden is not None,  # drafts go on from the newest row
             make_batch=make_batch,
         )
 
@@ -115,7 +117,10 @@ class FusedSteps:
                 hidden = model(batch, self.cache)
             else:
                 hidden = model.mtp_step(batch.token_ids, rows.hidden, batch, self.cache)
-            return StepOutput(hidden, model.compute_logits(hidden, row_stable=True))
+            scored = hidden
+            if rows.scores_last:
+                scored = hidden[[end - 1 for end in accumulate(rows.query_lens)]]
+            return StepOutput(hidden, model.compute_logits(scored, row_stable=True))
 
         return DecodeStep(
             config=model.config,

@@ -148,11 +148,10 @@ class ModelRunner:
         """
         drafts = [Drafts() for _ in requests]
         rows, hidden = self._step_zero_rows(requests)
-        draft_hidden, logits = self._draft_window(rows, hidden)
-        last_rows = list(accumulate((len(r.token_ids) for r in rows), initial=-1))[1:]
+        draft_hidden, logits = self._draft_window(rows, hidden)  # a row for each sequence
         positions = [r.start + len(r.token_ids) - 1 for r in rows]
         wanted = [i for i, count in enumerate(num_drafts) if count > 0]
-        row_of = {i: last_rows[i] for i in wanted}
+        row_of = {i: i for i in wanted}
         for depth in range(max(num_drafts)):
             for i in wanted:
                 earlier = drafts[i].token_ids
@@ -222,13 +221,14 @@ class ModelRunner:
         """Run the draft layer on rows whose ids are the tokens after their positions.
 
         Returns:
-            Its states [T, C]; their logits [T, W].
+            The state after each sequence's last row [N, C]; logits of those [N, W].
         """
+        last_rows = [end - 1 for end in accumulate(len(r.token_ids) for r in rows)]
         if self._fused is not None:
             out = self._fused.mtp_step(rows, hidden)
-            return out.hidden, TensorRows(out.logits, out.best)
+            return out.hidden[last_rows], TensorRows(out.logits, out.best)
         batch = self._batch(rows, is_window=True)
-        hidden = self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)
+        hidden = self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)[last_rows]
         return hidden, self._logits(hidden)
 
     def _keep(self, request: Request, hidden: Tensor) -> None:

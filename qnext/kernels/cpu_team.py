@@ -8,10 +8,12 @@ nothing is shared, since OpenMP keeps a team for each thread that starts one.
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import sysconfig
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -155,6 +157,52 @@ def saying_when_slow() -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+class TeamPace:
+    """Whether a kernel that is run again and again is faster with its team or alone.
+
+    Small work may not be worth a team, and on a busy machine a team waits for its slowest thread,
+    which another program may keep from its core for milliseconds. What is computed is the same.
+    """
+
+    KEPT_TIMES = 5
+    TRIAL_RUNS = 4
+    FIRST_INTERVAL, LAST_INTERVAL = 32, 2048  # runs from one trial to the next
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[int, bool], deque[float]] = {}
+        self._runs: dict[int, int] = {}  # by size, since the last trial
+        self._interval: dict[int, int] = {}
+
+    def choose(self, size: int, num_threads: int) -> int:
+        """Threads for the next run.
+
+        Args:
+            size: of the work; times of one size are compared with each other.
+            num_threads: of the whole team.
+        """
+        if num_threads == 1:
+            return 1
+        runs = self._runs[size] = self._runs.get(size, 0) + 1
+        interval = self._interval.setdefault(size, self.FIRST_INTERVAL)
+        is_alone = self._median(size, True) < self._median(size, False)
+        if runs > interval:
+            is_alone = not is_alone
+            if runs == interval + self.TRIAL_RUNS:
+                self._runs[size] = 0
+                self._interval[size] = min(2 * interval, self.LAST_INTERVAL)
+        return 1 if is_alone else num_threads
+
+    def record(self, size: int, num_threads: int, seconds: float) -> None:
+        """Learn the time of a run."""
+        times = self._times.setdefault((size, num_threads == 1), deque(maxlen=self.KEPT_TIMES))
+        times.append(seconds)
+
+    def _median(self, size: int, is_alone: bool) -> float:
+        times = self._times.get((size, is_alone))
+        # Alone counts as slow until it was tried; a team counts as fast.
+        return sorted(times)[len(times) // 2] if times else (math.inf if is_alone else 0.0)
 
 
 @inner

@@ -7,6 +7,8 @@ from qnext.engine.request import SamplingParams
 from qnext.engine.speculative import Drafts
 from tests.engine.tiny import greedy, id_prompts, tiny_llm, tiny_model, token_ids
 
+BACKENDS = ("numba", "torch", "reference")
+
 # Around the chunk size of 16, the window size, and a page of 8; they finish at different times.
 PROMPT_LENGTHS = (1, 3, 17, 40, 5, 16, 33, 9)
 ANSWER_LENGTHS = (20, 1, 13, 7, 18, 2, 11, 16)

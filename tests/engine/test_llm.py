@@ -13,6 +13,8 @@ from qnext.model.init import init_weights
 from qnext.model.qwen3_next import Qwen3Next
 from tests.engine.tiny import greedy, id_prompts, tiny_config, tiny_llm, tiny_model, token_ids
 
+BACKENDS = ("numba", "torch", "reference")
+
 
 @pytest.fixture(scope="module")
 def model():

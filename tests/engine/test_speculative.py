@@ -13,6 +13,8 @@ from qnext.engine.speculative import AutoSpeculation
 from tests.engine.markov import MarkovModel, chi_square_p_value, exact_distribution
 from tests.engine.tiny import tiny_model
 
+BACKENDS = ("numba", "torch", "reference")
+
 VOCAB_SIZE = 4
 PROMPT = [1, 2]
 NUM_TOKENS = 3

@@ -70,7 +70,6 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     EMBEDDING_SCALE,
     HEAD,
     HEAD_SCALE,
-    HEAD_ROWS,  # rows of the head that are computed, the first ones
     FC,  # of the MTP head; 0 in the trunk
     FC_SCALE,
     NORM_EMBEDDING,
@@ -95,6 +94,8 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     # The rows of this call.
     NUM_ROWS,
     NUM_SEQS,
+    NUM_SCORED,  # rows that get logits
+    SCORED,  # which. int64
     TOKEN_IDS,  # int64 [T]
     HIDDEN_IN,  # fp32 [T, C], for the MTP head
     STARTS,  # int64 [N + 1]
@@ -104,8 +105,8 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     PAGES_WIDTH,
     # Results.
     HIDDEN,  # fp32 [T, C]
-    LOGITS,  # fp32 [T, HEAD_ROWS]
-    BEST,  # int64 [T]: the lowest id of the largest logit, -1 where none is a number
+    LOGITS,  # fp32 [NUM_SCORED, W]
+    BEST,  # int64 [NUM_SCORED]: the lowest id of the largest logit, -1 where none is a number
     # Room to work in. A row stride is the size rounded up to whole vectors.
     IDENTITY,  # int64: 0, 1, 2, ...
     X,  # residual rows
@@ -135,4 +136,4 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     STRIDE_ROUTES,
     MAX_ROWS,
     NUM_FIELDS,
-) = range(92)
+) = range(93)

@@ -161,18 +161,18 @@ def _combine(t: Any, joined: Any, arranged: Any) -> None:
 
 @inner
 def _head(t: Any, arranged: Any) -> None:
-    """Logits of this thread's part of the vocabulary, and the best of them for each row."""
-    size, num_outputs, num_rows = t[F.C], t[F.HEAD_ROWS], t[F.NUM_ROWS]
+    """Logits of this thread's part of the vocabulary, and the best of them for each scored row."""
+    size, num_outputs, num_scored = t[F.C], t[F.VOCAB], t[F.NUM_SCORED]
     start, end = share(num_outputs, 8)
     identity, logits = ints_at(t[F.IDENTITY]), floats_at(t[F.LOGITS])
     products(
         t[F.PRODUCTS], t[F.HEAD], size, start, end, t[F.HEAD], arranged, t[F.STRIDE_C],
-        identity, size, logits, num_outputs, identity, num_rows,
+        ints_at(t[F.SCORED]), size, logits, num_outputs, identity, num_scored,
     )  # fmt: skip
-    scale_rows(t[F.HEAD_SCALE], start, end, logits, num_outputs, identity, num_rows)
+    scale_rows(t[F.HEAD_SCALE], start, end, logits, num_outputs, identity, num_scored)
     values = offset(floats_at(t[F.BEST_VALUES]), thread_idx() * t[F.MAX_ROWS])
     ids = offset(ints_at(t[F.BEST_IDS]), thread_idx() * t[F.MAX_ROWS])
-    for i in range(num_rows):
+    for i in range(num_scored):
         row = offset(logits, i * num_outputs)
         top = _NONE
         for n in range(start, end):
@@ -189,7 +189,7 @@ def _head(t: Any, arranged: Any) -> None:
 def _merge_best(t: Any, num_threads: Any) -> None:
     """The best of all threads; they hold ascending parts, so the first of equals is the lowest."""
     values, ids, best = floats_at(t[F.BEST_VALUES]), ints_at(t[F.BEST_IDS]), ints_at(t[F.BEST])
-    for i in range(t[F.NUM_ROWS]):
+    for i in range(t[F.NUM_SCORED]):
         top, best[i] = _NONE, -1
         for thread in range(num_threads):
             place = thread * t[F.MAX_ROWS] + i

@@ -4,6 +4,7 @@ The kernel gets one table of sizes and addresses, so one compilation for each ty
 any number of layers of any sizes; the model's own matrices are read where they are.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from qnext.config.model import ModelConfig
 from qnext.kernels.cpu_lanes import array
 from qnext.kernels.cpu_products import CHUNK, PRODUCTS
+from qnext.kernels.cpu_team import TeamPace
 from qnext.kernels.decode_step import fields as F
 from qnext.kernels.decode_step.layers import run_step
 from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
@@ -53,6 +55,7 @@ class _Prepared:
     kept: list[Any]  # weights and copies
     room: dict[int, np.ndarray]  # by field
     num_positions: int
+    pace: TeamPace = field(default_factory=TeamPace)
     num_threads: int = 0
     max_rows: int = 0
     max_seqs: int = 0
@@ -106,13 +109,19 @@ def decode_step_numba(step: DecodeStep, rows: WindowRows) -> StepOutput:
     room[F.CONTEXTS][: len(rows.context_lens)] = rows.context_lens
     if rows.hidden is not None:
         room[F.HIDDEN_IN][:num_rows] = rows.hidden.numpy()
-    run_step(table, prepared.num_threads)
-    best = room[F.BEST][:num_rows].tolist()
+    num_scored = len(rows.query_lens) if rows.scores_last else num_rows
+    scored = room[F.STARTS][1 : num_scored + 1] - 1 if rows.scores_last else range(num_rows)
+    table[F.NUM_SCORED], room[F.SCORED][:num_scored] = num_scored, scored
+    num_threads = prepared.pace.choose(num_rows, prepared.num_threads)
+    began = time.perf_counter()
+    run_step(table, num_threads)
+    prepared.pace.record(num_rows, num_threads, time.perf_counter() - began)
+    best = room[F.BEST][:num_scored].tolist()
     if min(best) < 0:
         raise ValueError("the logits are not numbers: the model's weights hold NaN or infinities")
     return StepOutput(
         hidden=torch.from_numpy(room[F.HIDDEN][:num_rows].copy()),
-        logits=torch.from_numpy(room[F.LOGITS][:num_rows]),
+        logits=torch.from_numpy(room[F.LOGITS][:num_scored]),
         best=best,
     )
 
@@ -220,7 +229,7 @@ def _read_weights(step: DecodeStep, prepared: _Prepared) -> None:
     head = names[step.head]
     table[F.EMBEDDING], table[F.EMBEDDING_SCALE] = _matrix(names["embed_tokens"], kept)
     table[F.HEAD], table[F.HEAD_SCALE] = _matrix(head, kept)
-    table[F.VOCAB] = table[F.HEAD_ROWS] = head.shape[0]
+    table[F.VOCAB] = head.shape[0]
     table[F.FINAL_NORM] = _copied(names[step.prefix + "norm.weight"], kept)
     if step.prefix:
         table[F.FC], table[F.FC_SCALE] = _matrix(names["mtp.fc"], kept)
@@ -342,7 +351,7 @@ def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
     floats: dict[int, tuple[int, ...]] = {
         F.HIDDEN_IN: (num_rows, size),
         F.HIDDEN: (num_rows, size),
-        F.LOGITS: (num_rows, int(table[F.HEAD_ROWS])),
+        F.LOGITS: (num_rows, int(table[F.VOCAB])),
         F.X: (num_rows, strides[F.STRIDE_C]),
         F.NORMED: (threads, num_rows, strides[F.STRIDE_C]),
         F.ARRANGED: (threads, strides[F.STRIDE_WORK]),
@@ -361,6 +370,7 @@ def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
     }
     integers: dict[int, tuple[int, ...]] = {
         F.TOKEN_IDS: (num_rows,),
+        F.SCORED: (num_rows,),
         F.STARTS: (seqs + 1,),
         F.SLOTS: (seqs,),
         F.CONTEXTS: (seqs,),

@@ -20,6 +20,7 @@ class WindowRows:
         state_slots: DeltaNet slot of each sequence.
         pages: pages of each sequence, in order, its new rows' included.
         hidden: in a draft step the trunk's states of the rows, or the step's before. [T, C]
+        scores_last: logits of each sequence's last row alone are wanted.
         make_batch: the same as the model's own batch, for the reference.
     """
 
@@ -29,6 +30,7 @@ class WindowRows:
     state_slots: Sequence[int]
     pages: Sequence[Sequence[int]]
     hidden: torch.Tensor | None
+    scores_last: bool
     make_batch: Callable[[], Any]
 
 
@@ -38,8 +40,9 @@ class StepOutput:
 
     Args:
         hidden: states after the final norm. [T, C]
-        logits: raw logits; a backend may write the next step's into the same memory. [T, W], fp32
-        best: the lowest id of the largest logit of each row; None if not worked out.
+        logits: raw logits of all rows, or of each sequence's last one; a backend may write the
+            next step's into the same memory. [T or N, W], fp32
+        best: the lowest id of the largest of each row of logits; None if not worked out.
     """
 
     hidden: torch.Tensor
