@@ -64,6 +64,26 @@ def call_at(typingctx: Any, address: Any, first: Any, second: Any, third: Any, f
 
 
 @intrinsic
+def to_bits(typingctx: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
+def halves_of(typingctx: Any, floats: Any) -> Any:
+    """A pointer to the same memory as 16-bit numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint16)(floats), generate
+
+
+@intrinsic
 def from_bits(typingctx: Any, bits: Any) -> Any:
     """The float32 of 32 bits."""
 

@@ -10,18 +10,24 @@ on the number of columns alone, so a row of x gives the same bits in any company
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qnext.kernels.cpu_lanes import floats_at, inner, offset
+from qnext.kernels.cpu_lanes import floats_at, halves_of, inner, offset, to_bits
 from qnext.kernels.cpu_team import CompiledFunction
 
 LANES = 16
 LINE_BYTES = 64  # of a cache
 CHUNK = 2 * LANES  # columns that a step of the inner loop takes
+
+# Stands for bfloat16 weights whose rows of x are bfloat16 as well; types.uint16 for widened ones.
+DUAL = types.int16
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
@@ -64,6 +70,25 @@ def _bfloat16_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
     return [builder.bitcast(bits, _FLOATS) for bits in (low, high)]
 
 
+def _bfloat16_words(builder: Any, weight: Any, index: Any) -> list[Any]:
+    return [load_vector(builder, weight, index, _INTS, 2)]
+
+
+def dual_product(module: Any) -> Any:
+    """AVX512-BF16's s + a[0] * b[0] + a[1] * b[1] in each of 16 lanes, a and b two bfloat16."""
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS, _INTS])
+    return module.globals.get(name) or ir.Function(module, kind, name)
+
+
+@cache
+def dual_objection() -> str | None:
+    """Why this machine has no products of two bfloat16 pairs, or None."""
+    if llvm.get_host_cpu_features().get("avx512bf16"):
+        return None
+    return "this CPU has no AVX512-BF16 products"
+
+
 def _int8_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
     second = builder.add(index, _I64(LANES))
     narrow = ir.VectorType(ir.IntType(8), LANES)
@@ -89,6 +114,7 @@ _WIDENING: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
     types.float32: (_float_pair, _one_float),
     types.uint16: (_bfloat16_pair, _one_bfloat16),
     types.int8: (_int8_pair, _one_int8),
+    DUAL: (_bfloat16_words, _one_bfloat16),
 }
 
 
@@ -170,6 +196,8 @@ def _block(num_outputs: int, num_rows: int) -> Any:
         out_rows: Any,
     ) -> Any:
         pair, one = _WIDENING[weight.dtype]
+        is_dual = weight.dtype == DUAL
+        lanes = _INTS if is_dual else _FLOATS
         line = LINE_BYTES * 8 // weight.dtype.bitwidth
         index = types.int64
         signature = types.void(
@@ -179,7 +207,10 @@ def _block(num_outputs: int, num_rows: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             weight, stride, first, ahead, x, x_stride, x_rows, length, *targets = args
             out, out_stride, out_rows = targets
-            fma = fused_multiply_add(builder.module, _FLOATS)
+            if is_dual:
+                multiply = dual_product(builder.module)
+            else:
+                multiply = fused_multiply_add(builder.module, _FLOATS)
             weights = [
                 builder.gep(weight, [builder.mul(builder.add(first, _I64(n)), stride)])
                 for n in range(num_outputs)
@@ -190,6 +221,8 @@ def _block(num_outputs: int, num_rows: int) -> Any:
                 )
                 for r in range(num_rows)
             ]
+            if is_dual:
+                rows = [builder.bitcast(row, ir.IntType(16).as_pointer()) for row in rows]
             whole = builder.and_(length, _I64(-CHUNK))
             zero = ir.Constant(_FLOATS, [0.0] * LANES)
             loop = ColumnLoop(builder, _I64(0), whole, CHUNK, [zero] * (num_outputs * num_rows))
@@ -200,13 +233,16 @@ def _block(num_outputs: int, num_rows: int) -> Any:
                 _prefetch(builder, ahead, builder.add(done, _I64(place)))
             parts = [pair(builder, one_row, loop.index) for one_row in weights]
             sums = list(loop.values)
-            for half in (0, 1):
+            for half in range(len(parts[0])):
                 place = builder.add(loop.index, _I64(LANES * half))
                 for r, row in enumerate(rows):
-                    value = load_vector(builder, row, place, _FLOATS, 4)
+                    value = load_vector(builder, row, place, lanes, 2)
                     for n in range(num_outputs):
                         at = r * num_outputs + n
-                        sums[at] = builder.call(fma, [parts[n][half], value, sums[at]])
+                        if is_dual:
+                            sums[at] = builder.call(multiply, [sums[at], parts[n][half], value])
+                        else:
+                            sums[at] = builder.call(multiply, [parts[n][half], value, sums[at]])
             folded = _fold(builder, loop.close(sums))
             totals = [builder.extract_element(folded, _I32(i)) for i in range(len(sums))]
             loop = ColumnLoop(builder, whole, length, 1, totals)
@@ -214,6 +250,8 @@ def _block(num_outputs: int, num_rows: int) -> Any:
             totals = list(loop.values)
             for r, row in enumerate(rows):
                 value = builder.load(builder.gep(row, [loop.index]))
+                if is_dual:
+                    value = one(builder, value)
                 for n in range(num_outputs):
                     at = r * num_outputs + n
                     totals[at] = builder.fadd(totals[at], builder.fmul(last[n], value))
@@ -337,10 +375,20 @@ def _for_weights_of(dtype: Any) -> CompiledFunction:
     return CompiledFunction(_multiply, _signature(types.CPointer(dtype)))
 
 
+# How `arrange` lays rows out: as they are; each whole CHUNK with its even elements first, then its
+# odd ones, as the two halves of a bfloat16 weight's 32-bit words come; rounded to bfloat16.
+PLAIN, PAIRED, ROUNDED = range(3)
+LAYOUTS = {
+    "float32": PLAIN,
+    "bfloat16": PAIRED,
+    "int8": PLAIN,
+    "bfloat16 dual": ROUNDED,
+}
 PRODUCTS = {
     "float32": _for_weights_of(types.float32),
     "bfloat16": _for_weights_of(types.uint16),
     "int8": _for_weights_of(types.int8),
+    "bfloat16 dual": _for_weights_of(DUAL),
 }
 
 
@@ -369,7 +417,7 @@ def products(
             keeps its code out of all that use it, which compile many times faster so.
         weight: address of rows of `length` elements, `stride` apart.
         following: address of what is read after this, to be fetched meanwhile; any will do.
-        x: rows as `arrange` lays them out for this kind of weight, x_stride apart. fp32
+        x: rows as `arrange` lays them out for this kind of weight, x_stride fp32 apart.
         x_rows, out_rows: rows to read and to write. num_rows of int64
         out: fp32 rows, out_stride apart.
     """
@@ -384,15 +432,21 @@ def products(
 
 
 @inner
-def arrange(row: Any, size: Any, is_paired: Any, out: Any) -> None:
+def arrange(row: Any, size: Any, layout: Any, out: Any) -> None:
     """Lay a row of x out as `products` reads it.
 
     Args:
         row, out: `size` fp32, not overlapping.
-        is_paired: for a bfloat16 weight: each whole CHUNK holds its even elements, then its odd
-            ones, as the two halves of the weight's 32-bit words come. Else the order stays.
+        layout: what the kind of weight wants, one of LAYOUTS.
     """
-    whole = size // CHUNK * CHUNK if is_paired else 0
+    if layout == ROUNDED:
+        halves = halves_of(out)
+        for i in range(size):
+            bits = to_bits(row[i])
+            # To the nearest bfloat16, and of two as near to the even one.
+            halves[i] = np.uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        return
+    whole = size // CHUNK * CHUNK if layout == PAIRED else 0
     for start in range(0, whole, CHUNK):
         for i in range(LANES):
             out[start + i] = row[start + 2 * i]

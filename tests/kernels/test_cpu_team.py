@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.kernels.cpu_lanes import floats_at, ints_at
+from qnext.kernels.cpu_lanes import floats_at, ints_at, offset
 from qnext.kernels.cpu_math import exp, silu, softplus
-from qnext.kernels.cpu_products import CHUNK, PRODUCTS, products
+from qnext.kernels.cpu_products import LAYOUTS, PRODUCTS, arrange, dual_objection, products
 from qnext.kernels.cpu_team import TeamKernel, TeamPace, meet, share, team_size, thread_idx
 from qnext.kernels.int8_rows import quantize_rows
 
@@ -113,9 +113,20 @@ def test_pace_leaves_a_team_that_is_slow_and_comes_back_when_it_is_not():
     assert pace.choose(3, 1) == 1
 
 
+KINDS = [
+    "float32",
+    "bfloat16",
+    "int8",
+    pytest.param(
+        "bfloat16 dual",
+        marks=pytest.mark.skipif(dual_objection() is not None, reason="no AVX512-BF16 here"),
+    ),
+]
+
+
 def held(weight, kind):
     """A weight as a kernel takes it, and what it stands for."""
-    if kind == "bfloat16":
+    if kind.startswith("bfloat16"):
         weight = weight.bfloat16()
         return weight, weight.double()
     if kind == "int8":
@@ -124,11 +135,28 @@ def held(weight, kind):
     return weight, weight.double()
 
 
+@TeamKernel
+def _arrange(t):
+    """t: x, rows, columns, layout, out"""
+    for i in range(t[1]):
+        source, target = offset(floats_at(t[0]), i * t[2]), offset(floats_at(t[4]), i * t[2])
+        arrange(source, t[2], t[3], target)
+
+
 def arranged(x, kind):
-    """Rows as `arrange` lays them out."""
-    whole = x.shape[1] // CHUNK * CHUNK if kind == "bfloat16" else 0
-    pairs = x[:, :whole].reshape(x.shape[0], -1, CHUNK // 2, 2).transpose(2, 3)
-    return torch.cat([pairs.reshape(x.shape[0], whole), x[:, whole:]], dim=1).contiguous()
+    """Rows as a kind of weight takes them."""
+    out = torch.full_like(x, torch.nan)
+    table = np.array([x.data_ptr(), *x.shape, LAYOUTS[kind], out.data_ptr()], dtype=np.int64)
+    _arrange(table, 1)
+    return out
+
+
+def test_rows_are_rounded_to_bfloat16_as_torch_rounds_them():
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(1000) * 10.0**e for e in (-30, -3, 0, 5, 30)])
+    x = torch.cat([x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])])[None]
+    found = arranged(x, "bfloat16 dual").view(torch.bfloat16)[:, : x.shape[1]]
+    assert torch.equal(found.nan_to_num(7), x.bfloat16().nan_to_num(7))
 
 
 @TeamKernel
@@ -163,7 +191,7 @@ def multiply(weight, kind, x, order, num_threads=1):
     return out
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1, 1), (8, 32), (13, 37), (24, 64), (9, 31), (40, 100)])
 def test_products_are_exact_to_rounding_and_the_same_bits_in_any_company(kind, shape):
     torch.manual_seed(sum(shape))
@@ -171,7 +199,8 @@ def test_products_are_exact_to_rounding_and_the_same_bits_in_any_company(kind, s
     x = torch.randn(9, shape[1])
     rows = arranged(x, kind)
     together = multiply(weight, kind, rows, list(range(9)))
-    expected = x.double() @ exact.t()
+    taken = x.bfloat16() if kind == "bfloat16 dual" else x
+    expected = taken.double() @ exact.t()
     assert (together - expected).norm() <= 1e-6 * expected.norm()
     for order in ([4], [8, 1], [2, 0, 7], [5, 3, 6, 1, 0]):
         for num_threads in (1, 2):

@@ -13,6 +13,7 @@ from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch
 from qnext.engine.request import Request, SamplingParams
 from qnext.engine.text import OutputText
+from qnext.kernels import cpu_products
 from qnext.kernels.decode_step.numba import decode_step_numba, supports
 from qnext.kernels.dispatch import use_backend
 from qnext.kernels.int8_rows import quantize_rows
@@ -132,7 +133,8 @@ def _model_of(dtype, **changes):
 
 @pytest.mark.parametrize("shape", ["tiny", "odd sizes", "dense", "no shared expert"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_narrow_weights_are_widened_and_nothing_else_is_rounded(dtype, shape):
+def test_narrow_weights_are_widened_and_nothing_else_is_rounded(monkeypatch, dtype, shape):
+    monkeypatch.setattr(cpu_products, "dual_objection", lambda: "a machine without")
     model = _model_of(dtype, **SHAPES[shape])
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
@@ -157,6 +159,22 @@ def test_a_rows_bits_do_not_depend_on_its_company(dtype):
         pair = _rows_of(fused.window(_windows([2, 1])), (5, 1))
         for ours, member in zip(pair, (2, 1), strict=True):
             assert torch.equal(ours, together[member])
+
+
+@pytest.mark.skipif(cpu_products.dual_objection() is not None, reason="no AVX512-BF16 here")
+@pytest.mark.parametrize("shape", ["tiny", "odd sizes", "dense", "no shared expert"])
+def test_with_products_of_bfloat16_pairs_rows_are_rounded_before_each_product(shape):
+    """What products take is rounded to 8 bits: relative errors near 2^-9, and no more."""
+    model = _model_of(torch.bfloat16, **SHAPES[shape])
+    cache = _cache(model)
+    fused = FusedSteps(model, cache, 64)
+    windows = _windows(range(4))
+    with torch.inference_mode(), use_backend("reference"):
+        expected = model(_batch(windows), cache)
+    with torch.inference_mode():
+        out = fused.window(windows).hidden
+    error = float((out - expected).norm() / expected.norm())
+    assert 1e-5 < error < 2e-2
 
 
 def _rows_of(out, lengths):

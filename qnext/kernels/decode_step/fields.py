@@ -55,7 +55,7 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     NORM_TOPK,
     EPS,  # bits of an fp32
     WEIGHT_BYTES,  # of an element of the matrices: 4, 2 (bfloat16) or 1 (int8)
-    IS_PAIRED,  # what `arrange` is told of them
+    LAYOUT,  # of rows for their products, as `arrange` takes it
     # Compiled functions that a step calls by their address.
     PRODUCTS,  # for the matrices
     PRODUCTS_FLOAT,

@@ -55,7 +55,7 @@ def _norm_rows(t: Any, weight: Any, normed: Any, arranged: Any) -> None:
     for i in range(t[F.NUM_ROWS]):
         place = i * stride
         rms_norm_row(offset(x, place), floats_at(weight), t[F.C], eps, offset(normed, place))
-        arrange(offset(normed, place), t[F.C], t[F.IS_PAIRED], offset(arranged, place))
+        arrange(offset(normed, place), t[F.C], t[F.LAYOUT], offset(arranged, place))
 
 
 @inner
@@ -65,9 +65,7 @@ def _add_output(t: Any, row: Any, num_columns: Any) -> None:
     arranged = _workplace(t)
     heads = floats_at(t[F.HEADS])
     for i in range(t[F.NUM_ROWS]):
-        arrange(
-            offset(heads, i * stride), num_columns, t[F.IS_PAIRED], offset(arranged, i * stride)
-        )
+        arrange(offset(heads, i * stride), num_columns, t[F.LAYOUT], offset(arranged, i * stride))
     out = floats_at(t[F.FUSED])
     _project(
         t,
@@ -149,7 +147,7 @@ def _combine(t: Any, joined: Any, arranged: Any) -> None:
         rms_norm_row(joined, floats_at(t[F.NORM_EMBEDDING]), size, eps, joined)
         state = offset(joined, size)
         rms_norm_row(offset(hidden, i * size), floats_at(t[F.NORM_HIDDEN]), size, eps, state)
-        arrange(joined, 2 * size, t[F.IS_PAIRED], offset(arranged, i * 2 * size))
+        arrange(joined, 2 * size, t[F.LAYOUT], offset(arranged, i * 2 * size))
     out = floats_at(t[F.FUSED])
     _project(t, t[F.FC], t[F.FC_SCALE], (size, 2 * size), arranged, 2 * size, out)
     start, end = share(size, 8)

@@ -4,6 +4,7 @@ The kernel gets one table of sizes and addresses, so one compilation for each ty
 any number of layers of any sizes; the model's own matrices are read where they are.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 
 from qnext.config.model import ModelConfig
+from qnext.kernels import cpu_products
 from qnext.kernels.cpu_lanes import array
-from qnext.kernels.cpu_products import CHUNK, PRODUCTS
+from qnext.kernels.cpu_products import CHUNK, LAYOUTS, PRODUCTS
 from qnext.kernels.cpu_team import TeamPace
 from qnext.kernels.decode_step import fields as F
 from qnext.kernels.decode_step.layers import run_step
@@ -22,7 +24,9 @@ from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRo
 from qnext.kernels.experts.step import mix_experts
 from qnext.kernels.gated_delta_window.step import mix_window
 from qnext.kernels.paged_attention.step import attend_window
+from qnext.runtime.log import log_once
 
+_logger = logging.getLogger("qnext.kernels")
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MIN_ROWS = 8  # that there is room for from the start
 
@@ -152,9 +156,10 @@ def prepare(step: DecodeStep) -> _Prepared:
     table = prepared.table
     _set_sizes(table, config)
     dtype = step.parameters[step.head].dtype
-    table[F.WEIGHT_BYTES], table[F.IS_PAIRED] = dtype.itemsize, dtype == torch.bfloat16
+    kind = _kind_of(dtype)
+    table[F.WEIGHT_BYTES], table[F.LAYOUT] = dtype.itemsize, LAYOUTS[kind]
     functions = {
-        F.PRODUCTS: PRODUCTS[_KINDS[dtype]],
+        F.PRODUCTS: PRODUCTS[kind],
         F.PRODUCTS_FLOAT: PRODUCTS["float32"],
         F.MIX_WINDOW: mix_window,
         F.ATTEND_WINDOW: attend_window,
@@ -188,6 +193,17 @@ def prepare(step: DecodeStep) -> _Prepared:
     _read_weights(step, prepared)
     step.prepared = prepared
     return prepared
+
+
+def _kind_of(dtype: torch.dtype) -> str:
+    """Which of PRODUCTS takes these weights on this machine."""
+    if dtype != torch.bfloat16:
+        return _KINDS[dtype]
+    objection = cpu_products.dual_objection()
+    if objection is None:
+        return "bfloat16 dual"
+    log_once(_logger, f"{objection}: bfloat16 weights are widened, which is exact and slower")
+    return "bfloat16"
 
 
 def _set_sizes(table: np.ndarray, config: ModelConfig) -> None:

@@ -76,7 +76,7 @@ def _arranged(t: Any, field: Any, num_rows: Any, size: Any, first_row: Any) -> A
     work = offset(floats_at(t[F.ARRANGED]), thread_idx() * t[F.STRIDE_WORK] + first_row * stride)
     rows = floats_at(t[field])
     for i in range(num_rows):
-        arrange(offset(rows, i * t[F.STRIDE_UP]), size, t[F.IS_PAIRED], offset(work, i * stride))
+        arrange(offset(rows, i * t[F.STRIDE_UP]), size, t[F.LAYOUT], offset(work, i * stride))
     return work
 
 

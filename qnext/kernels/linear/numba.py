@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qnext.kernels.cpu_lanes import array, floats_at, ints_at, offset
-from qnext.kernels.cpu_products import PRODUCTS, arrange, products
+from qnext.kernels.cpu_products import PAIRED, PRODUCTS, arrange, products
 from qnext.kernels.cpu_team import TeamKernel, share
 from qnext.kernels.linear.tiles import objection, rows_in_tiles
 
@@ -24,9 +24,11 @@ def supports(
         return f"rows are fp32 on a CPU here, not {x.dtype} on {x.device}"
     if out_dtype not in (None, torch.float32):
         return f"the result is fp32 here, not {out_dtype}"
+    if not row_stable:
+        return objection(x, weight)
     if weight.dtype not in _KINDS or not weight.is_contiguous():
         return f"a weight is contiguous fp32 or bf16 here, not {weight.dtype}"
-    return None if row_stable else objection(x, weight)
+    return None
 
 
 @TeamKernel
@@ -44,7 +46,7 @@ def _rows_times_matrix(t: Any) -> None:
 def _arrange_rows(t: Any) -> None:
     """t: x, rows, columns, out"""
     for i in range(t[1]):
-        arrange(offset(floats_at(t[0]), i * t[2]), t[2], True, offset(floats_at(t[3]), i * t[2]))
+        arrange(offset(floats_at(t[0]), i * t[2]), t[2], PAIRED, offset(floats_at(t[3]), i * t[2]))
 
 
 def linear_numba(
