@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,29 @@ def collect() -> dict[str, Any]:
             "memory_bytes": cpu.memory_bytes,
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "torch_threads": torch.get_num_threads(),
+            "kernels": cpu_kernels(),
         },
         "cuda": torch.version.cuda,
         "gpus": [vars(gpu) for gpu in gpu_infos()],
         "ops": ops,
+    }
+
+
+def cpu_kernels() -> dict[str, str]:
+    """What the Numba kernels run on here, in words; empty without Numba."""
+    if find_spec("numba") is None:
+        return {}
+    from qnext.kernels.cpu_lanes import cache_folder
+    from qnext.kernels.cpu_products import dual_objection
+    from qnext.kernels.cpu_team import threading_layer
+
+    objection = dual_objection()
+    return {
+        "threads": threading_layer(),
+        "bfloat16": "AVX512-BF16 products of pairs"
+        if objection is None
+        else f"widened: {objection}",
+        "compiled code": cache_folder(),
     }
 
 
@@ -99,6 +119,7 @@ def render(report: dict[str, Any]) -> str:
             ("features", " ".join(cpu["features"]) or "none known"),
             ("torch kernels", cpu["torch_capability"]),
             ("memory", f"{memory / 2**30:.1f} GiB" if memory else "unknown"),
+            *((f"kernels: {name}", text) for name, text in cpu["kernels"].items()),
         ],
     )
     lines += section("GPU", list(_gpu_rows(report)))

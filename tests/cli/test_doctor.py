@@ -20,6 +20,7 @@ REPORT = {
         "memory_bytes": 8 * 2**30,
         "torch_capability": "AVX2",
         "torch_threads": 2,
+        "kernels": {"threads": "one"},
     },
     "cuda": "13.0",
     "gpus": [
