@@ -177,8 +177,87 @@ class ColumnLoop:
         return results
 
 
+class _Block:
+    """The code of a block: some rows of the weight times some rows of x.
+
+    Sums and rows are listed row of x by row of x, the outputs of each side by side.
+    """
+
+    def __init__(self, builder: Any, kind: Any, weights: list[Any], rows: list[Any]) -> None:
+        self.builder = builder
+        self.pair, self.one = _WIDENING[kind]
+        self.is_dual = kind == DUAL
+        self.line = LINE_BYTES * 8 // kind.bitwidth  # elements of the weight
+        self.weights, self.rows = weights, rows
+        if self.is_dual:
+            self.rows = [builder.bitcast(row, ir.IntType(16).as_pointer()) for row in rows]
+
+    def whole_chunks(self, whole: Any, ahead: Any) -> list[Any]:
+        """Sums over the first `whole` columns, while memory `ahead` is fetched."""
+        builder, num_outputs = self.builder, len(self.weights)
+        lanes = _INTS if self.is_dual else _FLOATS
+        if self.is_dual:
+            multiply = dual_product(builder.module)
+        else:
+            multiply = fused_multiply_add(builder.module, _FLOATS)
+        zero = ir.Constant(_FLOATS, [0.0] * LANES)
+        loop = ColumnLoop(builder, _I64(0), whole, CHUNK, [zero] * (num_outputs * len(self.rows)))
+        # What is read next, fetched line after line: it comes as one stream, where rows side by
+        # side would be a short stream each.
+        done = builder.mul(loop.index, _I64(num_outputs))
+        for place in range(0, num_outputs * CHUNK, self.line):
+            _prefetch(builder, ahead, builder.add(done, _I64(place)))
+        parts = [self.pair(builder, weight, loop.index) for weight in self.weights]
+        sums = list(loop.values)
+        for half in range(len(parts[0])):
+            place = builder.add(loop.index, _I64(LANES * half))
+            for r, row in enumerate(self.rows):
+                value = load_vector(builder, row, place, lanes, 2)
+                for n in range(num_outputs):
+                    at = r * num_outputs + n
+                    factors = [parts[n][half], value]
+                    terms = [sums[at], *factors] if self.is_dual else [*factors, sums[at]]
+                    sums[at] = builder.call(multiply, terms)
+        folded = _fold(builder, loop.close(sums))
+        return [builder.extract_element(folded, _I32(i)) for i in range(len(sums))]
+
+    def last_columns(self, whole: Any, length: Any, totals: list[Any]) -> list[Any]:
+        """The sums with the columns from `whole` on, one by one."""
+        builder, num_outputs = self.builder, len(self.weights)
+        loop = ColumnLoop(builder, whole, length, 1, totals)
+
+        def one_at(row: Any) -> Any:
+            return builder.load(builder.gep(row, [loop.index]))
+
+        last = [self.one(builder, one_at(weight)) for weight in self.weights]
+        totals = list(loop.values)
+        for r, row in enumerate(self.rows):
+            value = self.one(builder, one_at(row)) if self.is_dual else one_at(row)
+            for n in range(num_outputs):
+                at = r * num_outputs + n
+                totals[at] = builder.fadd(totals[at], builder.fmul(last[n], value))
+        return loop.close(totals)
+
+
 def _block(num_outputs: int, num_rows: int) -> Any:
     """An intrinsic for num_outputs rows of the weight times num_rows rows of x; see `products`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        weight, stride, first, ahead, x, x_stride, x_rows, length, *targets = args
+        out, out_stride, out_rows = targets
+        outputs = [builder.add(first, _I64(n)) for n in range(num_outputs)]
+        weights = [builder.gep(weight, [builder.mul(output, stride)]) for output in outputs]
+        which = [builder.load(builder.gep(x_rows, [_I64(r)])) for r in range(num_rows)]
+        rows = [builder.gep(x, [builder.mul(row, x_stride)]) for row in which]
+        block = _Block(builder, signature.args[0].dtype, weights, rows)
+        whole = builder.and_(length, _I64(-CHUNK))
+        totals = block.last_columns(whole, length, block.whole_chunks(whole, ahead))
+        for r in range(num_rows):
+            start = builder.mul(builder.load(builder.gep(out_rows, [_I64(r)])), out_stride)
+            for n, output in enumerate(outputs):
+                place = builder.gep(out, [builder.add(start, output)])
+                builder.store(totals[r * num_outputs + n], place)
+        return context.get_dummy_value()
 
     @intrinsic
     def block(
@@ -195,76 +274,9 @@ def _block(num_outputs: int, num_rows: int) -> Any:
         out_stride: Any,
         out_rows: Any,
     ) -> Any:
-        pair, one = _WIDENING[weight.dtype]
-        is_dual = weight.dtype == DUAL
-        lanes = _INTS if is_dual else _FLOATS
-        line = LINE_BYTES * 8 // weight.dtype.bitwidth
         index = types.int64
-        signature = types.void(
-            weight, index, index, weight, x, index, x_rows, index, out, index, out_rows
-        )
-
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            weight, stride, first, ahead, x, x_stride, x_rows, length, *targets = args
-            out, out_stride, out_rows = targets
-            if is_dual:
-                multiply = dual_product(builder.module)
-            else:
-                multiply = fused_multiply_add(builder.module, _FLOATS)
-            weights = [
-                builder.gep(weight, [builder.mul(builder.add(first, _I64(n)), stride)])
-                for n in range(num_outputs)
-            ]
-            rows = [
-                builder.gep(
-                    x, [builder.mul(builder.load(builder.gep(x_rows, [_I64(r)])), x_stride)]
-                )
-                for r in range(num_rows)
-            ]
-            if is_dual:
-                rows = [builder.bitcast(row, ir.IntType(16).as_pointer()) for row in rows]
-            whole = builder.and_(length, _I64(-CHUNK))
-            zero = ir.Constant(_FLOATS, [0.0] * LANES)
-            loop = ColumnLoop(builder, _I64(0), whole, CHUNK, [zero] * (num_outputs * num_rows))
-            # What is read next, fetched line after line: it comes as one stream, where rows side
-            # by side would be a short stream each.
-            done = builder.mul(loop.index, _I64(num_outputs))
-            for place in range(0, num_outputs * CHUNK, line):
-                _prefetch(builder, ahead, builder.add(done, _I64(place)))
-            parts = [pair(builder, one_row, loop.index) for one_row in weights]
-            sums = list(loop.values)
-            for half in range(len(parts[0])):
-                place = builder.add(loop.index, _I64(LANES * half))
-                for r, row in enumerate(rows):
-                    value = load_vector(builder, row, place, lanes, 2)
-                    for n in range(num_outputs):
-                        at = r * num_outputs + n
-                        if is_dual:
-                            sums[at] = builder.call(multiply, [sums[at], parts[n][half], value])
-                        else:
-                            sums[at] = builder.call(multiply, [parts[n][half], value, sums[at]])
-            folded = _fold(builder, loop.close(sums))
-            totals = [builder.extract_element(folded, _I32(i)) for i in range(len(sums))]
-            loop = ColumnLoop(builder, whole, length, 1, totals)
-            last = [one(builder, builder.load(builder.gep(w, [loop.index]))) for w in weights]
-            totals = list(loop.values)
-            for r, row in enumerate(rows):
-                value = builder.load(builder.gep(row, [loop.index]))
-                if is_dual:
-                    value = one(builder, value)
-                for n in range(num_outputs):
-                    at = r * num_outputs + n
-                    totals[at] = builder.fadd(totals[at], builder.fmul(last[n], value))
-            totals = loop.close(totals)
-            for r in range(num_rows):
-                out_row = builder.load(builder.gep(out_rows, [_I64(r)]))
-                start = builder.add(builder.mul(out_row, out_stride), first)
-                for n in range(num_outputs):
-                    place = builder.gep(out, [builder.add(start, _I64(n))])
-                    builder.store(totals[r * num_outputs + n], place)
-            return context.get_dummy_value()
-
-        return signature, generate
+        rows = (x, index, x_rows, index, out, index, out_rows)
+        return types.void(weight, index, index, weight, *rows), generate
 
     return block
 

@@ -25,6 +25,7 @@ from qnext.kernels.gated_delta_rule import torch as delta_torch_module
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
 from qnext.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qnext.kernels.l2_norm.reference import l2_norm_reference
 from qnext.kernels.linear import torch as linear_torch_module
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.linear_cross_entropy import torch as linear_cross_entropy_torch_module
@@ -34,6 +35,7 @@ from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.rotary.reference import rotary_reference
 from qnext.kernels.router.reference import router_reference
+from qnext.kernels.swiglu.reference import swiglu_reference
 
 BACKENDS = ("reference", "torch", "numba", "triton")
 
@@ -113,7 +115,7 @@ def _torch_kernel(module: Any, name: str, serves: str = "all devices") -> tuple[
     return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports, serves),)
 
 
-def _numba_kernel(name: str) -> Kernel:
+def _numba_kernel(name: str, serves: str = "windows on a CPU, fp32 rows") -> Kernel:
     """A kernel whose module, and Numba with it, is loaded when a CPU first needs it."""
     module = f"qnext.kernels.{name}.numba"
 
@@ -128,7 +130,7 @@ def _numba_kernel(name: str) -> Kernel:
     def function(*args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(module), f"{name}_numba")(*args, **kwargs)
 
-    return Kernel("numba", function, supports, "windows on a CPU, fp32 rows", _numba_objection)
+    return Kernel("numba", function, supports, serves, _numba_objection)
 
 
 def _numba_objection() -> str | None:
@@ -137,13 +139,21 @@ def _numba_objection() -> str | None:
     return None if find_spec("numba") else "numba is not installed"
 
 
-rms_norm = Op("rms_norm", rms_norm_reference)
-gated_rms_norm = Op("gated_rms_norm", gated_rms_norm_reference)
+_CPU_ROWS = "fp32 rows on a CPU, no gradients"
+
+rms_norm = Op("rms_norm", rms_norm_reference, (_numba_kernel("rms_norm", _CPU_ROWS),))
+gated_rms_norm = Op(
+    "gated_rms_norm", gated_rms_norm_reference, (_numba_kernel("gated_rms_norm", _CPU_ROWS),)
+)
+l2_norm = Op("l2_norm", l2_norm_reference, (_numba_kernel("l2_norm", _CPU_ROWS),))
 rotary = Op("rotary", rotary_reference)
 linear = Op(
     "linear",
     linear_reference,
-    (_numba_kernel("linear"), *_torch_kernel(linear_torch_module, "linear")),
+    (
+        _numba_kernel("linear", "fp32 rows on a CPU: windows, and prefill with bf16 weights"),
+        *_torch_kernel(linear_torch_module, "linear"),
+    ),
 )
 decode_step = Op("decode_step", decode_step_reference, (_numba_kernel("decode_step"),))
 linear_cross_entropy = Op(
@@ -151,25 +161,41 @@ linear_cross_entropy = Op(
     linear_cross_entropy_reference,
     _torch_kernel(linear_cross_entropy_torch_module, "linear_cross_entropy"),
 )
-causal_conv1d = Op("causal_conv1d", causal_conv1d_reference)
+causal_conv1d = Op(
+    "causal_conv1d", causal_conv1d_reference, (_numba_kernel("causal_conv1d", _CPU_ROWS),)
+)
 causal_conv1d_window = Op("causal_conv1d_window", causal_conv1d_window_reference)
-router = Op("router", router_reference)
+router = Op("router", router_reference, (_numba_kernel("router", _CPU_ROWS),))
 gated_delta_window = Op("gated_delta_window", gated_delta_window_reference)
 experts = Op(
     "experts",
     experts_reference,
-    _torch_kernel(experts_torch_module, "experts", "whole 16-byte rows, bf16 on a GPU"),
+    (
+        _numba_kernel("experts", "fp32 rows on a CPU with bf16 weights"),
+        *_torch_kernel(experts_torch_module, "experts", "whole 16-byte rows, bf16 on a GPU"),
+    ),
+)
+swiglu = Op(
+    "swiglu",
+    swiglu_reference,
+    (_numba_kernel("swiglu", "fp32 rows on a CPU with bf16 weights"),),
 )
 attention = Op("attention", attention_reference, _torch_kernel(attention_torch_module, "attention"))
 paged_attention = Op(
     "paged_attention",
     paged_attention_reference,
-    _torch_kernel(paged_torch_module, "paged_attention"),
+    (
+        _numba_kernel("paged_attention", "prefill on a CPU with bf16 weights"),
+        *_torch_kernel(paged_torch_module, "paged_attention"),
+    ),
 )
 gated_delta_rule = Op(
     "gated_delta_rule",
     gated_delta_rule_reference,
-    _torch_kernel(delta_torch_module, "gated_delta_rule"),
+    (
+        _numba_kernel("gated_delta_rule", _CPU_ROWS),
+        *_torch_kernel(delta_torch_module, "gated_delta_rule"),
+    ),
 )
 
 OPS: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}

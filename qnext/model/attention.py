@@ -56,6 +56,11 @@ class GatedAttention(nn.Module):
         gated = heads.flatten(1).to(wide) * torch.sigmoid(gate.to(wide))
         return project(gated.to(heads.dtype), self.o_proj, batch)
 
+    def _product_dtype(self) -> torch.dtype:
+        """To which attention's factors may be rounded: as precise as the weights at least."""
+        stored = self.qkv_proj.dtype
+        return torch.bfloat16 if stored == torch.int8 else stored
+
     def forward(
         self, x: torch.Tensor, rotation: Rotation, batch: ForwardBatch, cache: HybridCache | None
     ) -> torch.Tensor:
@@ -77,5 +82,6 @@ class GatedAttention(nn.Module):
                 batch.seq_lens,
                 self.scale,
                 row_stable=batch.row_stable,
+                product_dtype=self._product_dtype(),
             )
         return self.finish(heads, gate, batch)

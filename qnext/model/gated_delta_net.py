@@ -61,10 +61,11 @@ class GatedDeltaNet(nn.Module):
     def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Convolved channels [T, D] to q, k [T, Hk, K], normalised in fp32, and v [T, Hv, V]."""
         q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
-        q = _l2_norm(q.reshape(-1, self.num_key_heads, self.key_head_dim))
-        k = _l2_norm(k.reshape(-1, self.num_key_heads, self.key_head_dim))
+        q = q.reshape(-1, self.num_key_heads, self.key_head_dim)
+        k = k.reshape(-1, self.num_key_heads, self.key_head_dim)
         v = v.reshape(-1, self.num_value_heads, self.value_head_dim)
-        return q * self.key_head_dim**-0.5, k, v
+        q = dispatch.l2_norm(q, L2_EPS, self.key_head_dim**-0.5)
+        return q, dispatch.l2_norm(k, L2_EPS), v
 
     def _gates(self, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """beta and the log decay g <= 0, both [T, Hv] in fp32 at least."""
@@ -103,9 +104,9 @@ class GatedDeltaNet(nn.Module):
             steps = torch.arange(part.shape[0], device=part.device)
             history = conv_state[slot].clone()
             convolved.append(dispatch.causal_conv1d(part, self.conv1d, steps, history))
-            inputs = torch.cat([history, part.t().to(history.dtype)], dim=1)
-            conv_state[slot] = inputs[:, inputs.shape[1] - (width - 1) :]
-        q, k, v = self._heads(torch.cat(convolved))
+            recent = part[max(0, part.shape[0] - (width - 1)) :].t().to(history.dtype)
+            conv_state[slot] = torch.cat([history, recent], dim=1)[:, recent.shape[1] :]
+        q, k, v = self._heads(torch.cat(convolved) if len(convolved) > 1 else convolved[0])
         beta, g = self._gates(b, a)
         heads, final = dispatch.gated_delta_rule(
             q,
@@ -157,9 +158,3 @@ class GatedDeltaNet(nn.Module):
         )
         out: torch.Tensor = heads
         return out
-
-
-def _l2_norm(x: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length, in fp32 at least. x: [T, H, K]"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + L2_EPS)

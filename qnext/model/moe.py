@@ -99,5 +99,8 @@ def _stats(logits: torch.Tensor, ids: torch.Tensor) -> RouterStats:
 def _swiglu(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, batch: ForwardBatch
 ) -> torch.Tensor:
+    if not batch.row_stable:
+        out: torch.Tensor = dispatch.swiglu(x, gate_up, down)
+        return out
     gate, up = project(x, gate_up, batch).chunk(2, dim=-1)
     return project(F.silu(gate) * up, down, batch)

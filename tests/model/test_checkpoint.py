@@ -13,6 +13,7 @@ from qnext.io.names import checkpoint_shapes
 from qnext.io.reader import CheckpointReader
 from qnext.io.shards import INDEX_NAME
 from qnext.io.writer import write_checkpoint
+from qnext.kernels.dispatch import use_backend
 from qnext.kernels.int8_rows import quantize_rows, scale_of, widened
 from qnext.model.checkpoint import CheckpointError, load_model, logical_tensors, save_model
 from qnext.model.init import init_weights
@@ -391,8 +392,8 @@ def test_int8_is_quantised_row_by_row_while_loading(tmp_path, layout):
         for name, parameter in widened_model.named_parameters():
             parameter.copy_(widened(held[name], torch.float32))
     expected = widened_model.logits(ids)
-    # What stays in bfloat16 may be multiplied in bfloat16, hence the bound.
-    assert (loaded.logits(ids) - expected).norm() / expected.norm() < 2e-3
+    with use_backend("torch"):  # products in fp32, where a CPU may take them in bfloat16
+        assert (loaded.logits(ids) - expected).norm() / expected.norm() < 1e-5
     assert torch.isfinite(loaded.mtp_logits(ids, 2)[:5]).all()
     with pytest.raises(ValueError, match="int8 weights, which only run"):
         loaded.save_pretrained(tmp_path / "again")

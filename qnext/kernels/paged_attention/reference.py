@@ -11,6 +11,7 @@ def paged_attention_reference(
     query_lens: tuple[int, ...],
     scale: float,
     row_stable: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The last rows of each sequence attend to its cached tokens, their own included.
 
@@ -22,6 +23,8 @@ def paged_attention_reference(
         query_lens: number of query rows of each sequence; they are its last tokens.
         scale: factor of the scores.
         row_stable: each query's result depends on its own sequence alone.
+        product_dtype: what a fast kernel may round the factors of its products to, as the
+            model's weights are; None: the dtype of q. Sums and softmax stay in fp32.
 
     Returns:
         [T, Hq, D] in the dtype of q. Rows past the sum of query_lens are zero.

@@ -12,6 +12,7 @@ def supports(
     query_lens: tuple[int, ...],
     scale: float,
     row_stable: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
     return None
@@ -25,6 +26,7 @@ def paged_attention_torch(
     query_lens: tuple[int, ...],
     scale: float,
     row_stable: bool = False,
+    product_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_reference`: the keys are gathered once per sequence.
 
