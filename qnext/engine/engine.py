@@ -19,6 +19,9 @@ from qnext.engine.speculative import (
 )
 from qnext.model.qwen3_next import Qwen3Next
 
+# How long a kernel may go on by itself. Text comes in pieces of this length, which nobody notices.
+AHEAD_SECONDS = 0.004
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -76,6 +79,7 @@ class Engine:
         else:
             self.speculation = FixedSpeculation(options.max_drafts)
         self.metrics = EngineMetrics()
+        self._step_seconds = 0.0  # of the last step
 
     @property
     def has_work(self) -> bool:
@@ -141,7 +145,16 @@ class Engine:
         start = time.perf_counter()
         drafts = self._draft(requests, num_drafts)
         windows = [self._window(r, d) for r, d in zip(requests, drafts, strict=True)]
-        hidden, rows = self.runner.forward_windows(windows)
+        max_steps, end_ids = self._steps_ahead(requests, num_drafts)
+        hidden, rows, num_steps = self.runner.forward_windows(windows, max_steps, end_ids)
+        if num_steps > 1:
+            self._take_steps(requests, rows, num_steps)
+            self.runner.commit(windows, [1] * len(windows), hidden, num_steps)
+            seconds = (time.perf_counter() - start) / num_steps
+            self.speculation.record(len(requests), 0, seconds, [(0, 0)] * len(requests))
+            self._count_steps(0, seconds, num_steps)
+            self.metrics.num_decode_steps += num_steps - 1  # `step` counts one
+            return list(requests)
         first_row, kept_rows, changed = 0, [], []
         outcomes: list[tuple[int, int]] = []  # drafts of each sequence, and how many stood
         for window, sequence_drafts in zip(windows, drafts, strict=True):
@@ -161,9 +174,45 @@ class Engine:
         seconds = time.perf_counter() - start - deferred_seconds
         if len(outcomes) == len(requests):
             self.speculation.record(len(requests), num_drafts, seconds, outcomes, deferred_seconds)
-        steps = self.metrics.num_steps_by_speculation
-        steps[num_drafts] = steps.get(num_drafts, 0) + 1
+        self._count_steps(num_drafts, seconds, 1)
         return changed
+
+    def _steps_ahead(
+        self, requests: tuple[Request, ...], num_drafts: int
+    ) -> tuple[int, tuple[int, ...]]:
+        """Steps that may be taken without a look at their tokens, and the tokens that end them."""
+        if num_drafts or not self._step_seconds:
+            return 1, ()
+        steps = int(AHEAD_SECONDS / self._step_seconds)
+        page_size = self.options.page_size
+        end_ids: set[int] = set()
+        for request in requests:
+            params = request.params
+            if not params.is_greedy or params.has_penalties or params.logprobs is not None:
+                return 1, ()
+            if request.is_replaying:
+                return 1, ()
+            # The last of these tokens is not forwarded, so it needs no place yet.
+            room = len(request.page_ids) * page_size - request.num_tokens + 1
+            steps = min(steps, request.num_remaining, room)
+            end_ids |= request.end_token_ids
+            end_ids.update(params.stop_token_ids or ())
+        return max(1, steps), tuple(end_ids)
+
+    def _take_steps(self, requests: tuple[Request, ...], rows: TensorRows, num_steps: int) -> None:
+        """Append the best tokens of several steps; those after an answer's end are dropped."""
+        for step in range(num_steps):
+            for idx, request in enumerate(requests):
+                if request.finish_reason is None:
+                    token_id = rows.argmax(step * len(requests) + idx)
+                    self._append(request, VerifiedWindow([token_id], 0), rows, 0)
+                    self._count(request, 0, 0)
+
+    def _count_steps(self, num_drafts: int, seconds: float, num_steps: int) -> None:
+        """Note steps and how long one of them took."""
+        self._step_seconds = seconds
+        steps = self.metrics.num_steps_by_speculation
+        steps[num_drafts] = steps.get(num_drafts, 0) + num_steps
 
     def _draft(self, requests: tuple[Request, ...], num_drafts: int) -> list[Drafts]:
         """Drafts of each sequence: none for one that is replayed or about to end."""

@@ -1,6 +1,7 @@
 """Whole-step kernels for windows on a CPU, where one exists for the model and its cache."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -44,9 +45,20 @@ class FusedSteps:
         if self.draft is not None and self.draft.prepared is not None:
             self._numba.refresh(self.draft)
 
-    def window(self, windows: Sequence[SequenceRows]) -> StepOutput:
-        """Run windows through the trunk and its head; states wait for `commit`."""
-        out: StepOutput = dispatch.decode_step(self.trunk, self._rows(windows, None))
+    def window(
+        self,
+        windows: Sequence[SequenceRows],
+        max_steps: int = 1,
+        end_token_ids: Sequence[int] = (),
+    ) -> StepOutput:
+        """Run windows through the trunk and its head; states wait for `commit`.
+
+        Args:
+            max_steps, end_token_ids: as in `WindowRows`; of several steps all but the last are
+                committed.
+        """
+        rows = replace(self._rows(windows, None), max_steps=max_steps, end_token_ids=end_token_ids)
+        out: StepOutput = dispatch.decode_step(self.trunk, rows)
         self._is_deferring = out.best is not None
         return out
 

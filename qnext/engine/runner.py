@@ -171,30 +171,52 @@ class ModelRunner:
         return drafts
 
     @torch.inference_mode()
-    def forward_windows(self, windows: Sequence[SequenceRows]) -> tuple[Tensor, TensorRows]:
+    def forward_windows(
+        self,
+        windows: Sequence[SequenceRows],
+        max_steps: int = 1,
+        end_token_ids: Sequence[int] = (),
+    ) -> tuple[Tensor, TensorRows, int]:
         """Run one window of each sequence; states wait for `commit`.
 
+        Args:
+            max_steps: more than 1 lets windows of one row go on with the best token, if a kernel
+                can, until one of end_token_ids was best. All but the last step are committed then.
+
         Returns:
-            Hidden rows [T, C]; their logits [T, W].
+            Hidden rows, step after step [steps * T, C]; their logits, of which those of earlier
+            steps know their largest alone; how many steps were taken.
         """
         if self._fused is not None:
-            out = self._fused.window(windows)
-            return out.hidden, TensorRows(out.logits, out.best)
+            out = self._fused.window(windows, max_steps, end_token_ids)
+            return out.hidden, TensorRows(out.logits, out.best), out.num_steps
         hidden = self.model(self._batch(windows, is_window=True), self.cache)
-        return hidden, self._logits(hidden)
+        return hidden, self._logits(hidden), 1
 
     @torch.inference_mode()
     def commit(
-        self, windows: Sequence[SequenceRows], num_rows: Sequence[int], hidden: Tensor
+        self,
+        windows: Sequence[SequenceRows],
+        num_rows: Sequence[int],
+        hidden: Tensor,
+        num_steps: int = 1,
     ) -> None:
         """Make the first rows of each window part of its sequence; the others never happened.
 
         Args:
             num_rows: rows to keep for each window, at least 1.
-            hidden: what `forward_windows` returned.
+            hidden, num_steps: what `forward_windows` returned.
         """
         slots = tuple(state_slot(window.request) for window in windows)
         (self._fused or self.cache).commit(slots, tuple(num_rows))
+        if num_steps > 1:
+            by_sequence = hidden.view(num_steps, len(windows), -1).unbind(1)
+            for window, rows in zip(windows, by_sequence, strict=True):
+                window.request.num_computed += num_steps
+                # An answer that ended on the way has fewer tokens, and no more drafts.
+                if self.keeps_hidden and window.request.finish_reason is None:
+                    self._keep(window.request, rows)
+            return
         first_row = 0
         for window, kept in zip(windows, num_rows, strict=True):
             window.request.num_computed += kept

@@ -235,16 +235,55 @@ def test_drafts_are_what_mtp_logits_give(model, prompts):
             assert gap < 1e-3 * logits[depth].abs().max()
 
 
-def test_hidden_rows_put_off_are_worked_off_in_time(model, prompts, monkeypatch):
-    from qnext.engine import runner
+@pytest.mark.parametrize("ahead_seconds", [0.0, 0.004])
+def test_hidden_rows_put_off_are_worked_off_in_time(model, prompts, monkeypatch, ahead_seconds):
+    from qnext.engine import engine, runner
 
     monkeypatch.setattr(runner, "MAX_PENDING_ROWS", 6)
+    monkeypatch.setattr(engine, "AHEAD_SECONDS", ahead_seconds)
     llm = tiny_llm(model, num_speculative_tokens=3)
     speculation = llm.engine.speculation
-    counts = iter([0] * 9 + [3] * 3 + [0] * 2 + [1] * 100)
+    first = 9 if not ahead_seconds else 1  # several tokens each, when steps go on by themselves
+    counts = iter([0] * first + [3] * 3 + [0] * 2 + [1] * 100)
     monkeypatch.setattr(speculation, "choose", lambda num_seqs: next(counts))
     monkeypatch.setattr(speculation, "is_drafting", False)
     accepted = tiny_llm(model, num_speculative_tokens=3)
-    expected = accepted.generate(prompts[3], greedy(40))
-    assert token_ids(llm.generate(prompts[3], greedy(40))) == token_ids(expected)
+    expected = accepted.generate(prompts[3], greedy(80))
+    assert token_ids(llm.generate(prompts[3], greedy(80))) == token_ids(expected)
     assert llm.engine.metrics.acceptance_rate > 0.1
+
+
+def test_steps_that_go_on_by_themselves_end_where_an_answer_ends(
+    model, prompts, monkeypatch, backend
+):
+    """The same tokens and reasons as one step at a time, for each way in which an answer ends."""
+    from qnext.engine import engine
+
+    vocabulary = range(96)
+    params = [
+        greedy(60),
+        greedy(60, stop_token_ids=[token for token in vocabulary if token % 9 == 0]),
+        greedy(7),
+        SamplingParams(temperature=0.0, max_tokens=30, repetition_penalty=1.3),
+    ]
+    found = []
+    for ahead_seconds in (0.0, 10.0):
+        monkeypatch.setattr(engine, "AHEAD_SECONDS", ahead_seconds)
+        llm = tiny_llm(model, num_speculative_tokens=0)
+        calls = []
+        forward = llm.engine.runner.forward_windows
+        monkeypatch.setattr(
+            llm.engine.runner,
+            "forward_windows",
+            lambda *args, forward=forward, calls=calls: calls.append(forward(*args)) or calls[-1],
+        )
+        outputs = [
+            output.outputs[0]
+            for group in (params[:1], params[:3], params[3:], params)
+            for output in llm.generate([prompts[i] for i in range(len(group))], group)
+        ]
+        found.append([(o.token_ids, o.finish_reason, o.stop_reason) for o in outputs])
+        longest = max(num_steps for _, _, num_steps in calls)
+        assert (longest > 4) == (backend == "numba" and ahead_seconds > 0)
+        assert llm.engine.metrics.num_decode_steps == sum(steps for _, _, steps in calls)
+    assert found[0] == found[1]

@@ -94,6 +94,10 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     # The rows of this call.
     NUM_ROWS,
     NUM_SEQS,
+    MAX_STEPS,  # steps to take, one row a sequence, each from the token found best before
+    NUM_STEPS,  # steps taken
+    END_IDS,  # int64: tokens after which no further step is taken
+    NUM_END_IDS,
     NUM_SCORED,  # rows that get logits
     SCORED,  # which. int64
     TOKEN_IDS,  # int64 [T]
@@ -104,9 +108,9 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     PAGES,  # int64 [N, PAGES_WIDTH]
     PAGES_WIDTH,
     # Results.
-    HIDDEN,  # fp32 [T, C]
+    HIDDEN,  # fp32 [steps, T, C]
     LOGITS,  # fp32 [NUM_SCORED, W]
-    BEST,  # int64 [NUM_SCORED]: the lowest id of the largest logit, -1 where none is a number
+    BEST,  # int64 [steps, NUM_SCORED]: the lowest id of the largest logit, -1 if none is a number
     # Room to work in. A row stride is the size rounded up to whole vectors.
     IDENTITY,  # int64: 0, 1, 2, ...
     X,  # residual rows
@@ -136,4 +140,4 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     STRIDE_ROUTES,
     MAX_ROWS,
     NUM_FIELDS,
-) = range(93)
+) = range(97)

@@ -184,23 +184,42 @@ def _head(t: Any, arranged: Any) -> None:
 
 
 @inner
-def _merge_best(t: Any, num_threads: Any) -> None:
+def _merge_best(t: Any, step: Any) -> None:
     """The best of all threads; they hold ascending parts, so the first of equals is the lowest."""
-    values, ids, best = floats_at(t[F.BEST_VALUES]), ints_at(t[F.BEST_IDS]), ints_at(t[F.BEST])
+    values, ids = floats_at(t[F.BEST_VALUES]), ints_at(t[F.BEST_IDS])
+    best = offset(ints_at(t[F.BEST]), step * t[F.NUM_SCORED])
     for i in range(t[F.NUM_SCORED]):
         top, best[i] = _NONE, -1
-        for thread in range(num_threads):
+        for thread in range(team_size()):
             place = thread * t[F.MAX_ROWS] + i
             if ids[place] >= 0 and (best[i] < 0 or values[place] > top):
                 top, best[i] = values[place], ids[place]
 
 
-@TeamKernel
-def run_step(t: Any) -> None:
-    """A step with weights of any kind. t: table of `fields`"""
+@inner
+def _go_on(t: Any, step: Any) -> None:
+    """Make the tokens found best the rows of the next step, unless one of them ends its text."""
+    best, end_ids = offset(ints_at(t[F.BEST]), step * t[F.NUM_SEQS]), ints_at(t[F.END_IDS])
+    ids, contexts = ints_at(t[F.TOKEN_IDS]), ints_at(t[F.CONTEXTS])
+    pending, slots = ints_at(t[F.PENDING]), ints_at(t[F.SLOTS])
+    for n in range(t[F.NUM_SEQS]):
+        if best[n] < 0:
+            return
+        for i in range(t[F.NUM_END_IDS]):
+            if best[n] == end_ids[i]:
+                return
+    for n in range(t[F.NUM_SEQS]):
+        ids[n] = best[n]
+        contexts[n] += 1
+        if t[F.HOLDS_STATES]:
+            pending[slots[n]] = 1
+    t[F.NUM_STEPS] = step + 2
+
+
+@inner
+def _one_step(t: Any, step: Any, normed: Any, arranged: Any) -> None:
+    """All layers and the head on the rows of the table."""
     team = ints_at(t[F.TEAM])
-    normed = offset(floats_at(t[F.NORMED]), thread_idx() * t[F.MAX_ROWS] * t[F.STRIDE_C])
-    arranged = _workplace(t)
     if t[F.FC]:
         _combine(t, normed, arranged)
     else:
@@ -214,15 +233,29 @@ def run_step(t: Any) -> None:
         _layer(t, offset(layers, layer * F.NUM_COLUMNS), normed, arranged)
     _norm_rows(t, t[F.FINAL_NORM], normed, arranged)
     if thread_idx() == 0:
-        hidden = floats_at(t[F.HIDDEN])
+        hidden = offset(floats_at(t[F.HIDDEN]), step * t[F.NUM_ROWS] * t[F.C])
         for i in range(t[F.NUM_ROWS]):
             for c in range(t[F.C]):
                 hidden[i * t[F.C] + c] = normed[i * t[F.STRIDE_C] + c]
     _head(t, arranged)
     meet(team)
-    if thread_idx() == 0:
-        _merge_best(t, team_size())
-        pending, slots = ints_at(t[F.PENDING]), ints_at(t[F.SLOTS])
-        for n in range(t[F.NUM_SEQS] if t[F.HOLDS_STATES] else 0):
-            pending[slots[n]] = 0
-    meet(team)
+
+
+@TeamKernel
+def run_step(t: Any) -> None:
+    """A step with weights of any kind, or several of one row each. t: table of `fields`"""
+    team = ints_at(t[F.TEAM])
+    normed = offset(floats_at(t[F.NORMED]), thread_idx() * t[F.MAX_ROWS] * t[F.STRIDE_C])
+    arranged = _workplace(t)
+    step = 0
+    while step < t[F.NUM_STEPS]:
+        _one_step(t, step, normed, arranged)
+        if thread_idx() == 0:
+            _merge_best(t, step)
+            pending, slots = ints_at(t[F.PENDING]), ints_at(t[F.SLOTS])
+            for n in range(t[F.NUM_SEQS] if t[F.HOLDS_STATES] else 0):
+                pending[slots[n]] = 0
+            if step + 1 < t[F.MAX_STEPS]:
+                _go_on(t, step)
+        meet(team)
+        step += 1

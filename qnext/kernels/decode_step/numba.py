@@ -29,6 +29,8 @@ from qnext.runtime.log import log_once
 _logger = logging.getLogger("qnext.kernels")
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MIN_ROWS = 8  # that there is room for from the start
+MAX_STEPS = 16  # in one call
+MAX_END_IDS = 16  # looked for between them; others end a text a few tokens later
 
 # Small parameters are kept as fp32 copies; the others are read in place.
 _SMALL = {
@@ -116,17 +118,22 @@ def decode_step_numba(step: DecodeStep, rows: WindowRows) -> StepOutput:
     num_scored = len(rows.query_lens) if rows.scores_last else num_rows
     scored = room[F.STARTS][1 : num_scored + 1] - 1 if rows.scores_last else range(num_rows)
     table[F.NUM_SCORED], room[F.SCORED][:num_scored] = num_scored, scored
+    table[F.MAX_STEPS], table[F.NUM_STEPS] = min(rows.max_steps, MAX_STEPS), 1
+    end_ids = rows.end_token_ids[:MAX_END_IDS] if rows.max_steps > 1 else ()
+    table[F.NUM_END_IDS], room[F.END_IDS][: len(end_ids)] = len(end_ids), end_ids
     num_threads = prepared.pace.choose(num_rows, prepared.num_threads)
     began = time.perf_counter()
     run_step(table, num_threads)
-    prepared.pace.record(num_rows, num_threads, time.perf_counter() - began)
-    best = room[F.BEST][:num_scored].tolist()
+    num_steps = int(table[F.NUM_STEPS])
+    prepared.pace.record(num_rows, num_threads, (time.perf_counter() - began) / num_steps)
+    best = room[F.BEST][: num_steps * num_scored].tolist()
     if min(best) < 0:
         raise ValueError("the logits are not numbers: the model's weights hold NaN or infinities")
     return StepOutput(
-        hidden=torch.from_numpy(room[F.HIDDEN][:num_rows].copy()),
+        hidden=torch.from_numpy(room[F.HIDDEN][: num_steps * num_rows].copy()),
         logits=torch.from_numpy(room[F.LOGITS][:num_scored]),
         best=best,
+        num_steps=num_steps,
     )
 
 
@@ -366,7 +373,7 @@ def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
     heads = config.linear_num_value_heads
     floats: dict[int, tuple[int, ...]] = {
         F.HIDDEN_IN: (num_rows, size),
-        F.HIDDEN: (num_rows, size),
+        F.HIDDEN: (MAX_STEPS * num_rows, size),
         F.LOGITS: (num_rows, int(table[F.VOCAB])),
         F.X: (num_rows, strides[F.STRIDE_C]),
         F.NORMED: (threads, num_rows, strides[F.STRIDE_C]),
@@ -390,7 +397,8 @@ def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
         F.STARTS: (seqs + 1,),
         F.SLOTS: (seqs,),
         F.CONTEXTS: (seqs,),
-        F.BEST: (num_rows,),
+        F.BEST: (MAX_STEPS * num_rows,),
+        F.END_IDS: (MAX_END_IDS,),
         F.ROUTES: (threads, strides[F.STRIDE_ROUTES]),
         F.BEST_IDS: (threads, num_rows),
     }

@@ -22,6 +22,9 @@ class WindowRows:
         hidden: in a draft step the trunk's states of the rows, or the step's before. [T, C]
         scores_last: logits of each sequence's last row alone are wanted.
         make_batch: the same as the model's own batch, for the reference.
+        max_steps: steps to take at most, where each sequence has one row: each after the first
+            goes on from the token that the one before found best. A backend may take fewer.
+        end_token_ids: no step is taken after one of them was found best.
     """
 
     token_ids: Sequence[int]
@@ -32,6 +35,8 @@ class WindowRows:
     hidden: torch.Tensor | None
     scores_last: bool
     make_batch: Callable[[], Any]
+    max_steps: int = 1
+    end_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,18 @@ class StepOutput:
     """What a step worked out for its rows.
 
     Args:
-        hidden: states after the final norm. [T, C]
-        logits: raw logits of all rows, or of each sequence's last one; a backend may write the
-            next step's into the same memory. [T or N, W], fp32
-        best: the lowest id of the largest of each row of logits; None if not worked out.
+        hidden: states after the final norm, step after step. [steps * T, C]
+        logits: raw logits of the last step, of all rows or of each sequence's last one; a backend
+            may write the next step's into the same memory. [T or N, W], fp32
+        best: the lowest id of the largest logit of each of those rows, step after step; None if
+            not worked out.
+        num_steps: steps taken.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     best: Sequence[int] | None = None
+    num_steps: int = 1
 
 
 @dataclass
