@@ -6,8 +6,10 @@ equal formulas give equal bits in different kernels.
 """
 
 import hashlib
+import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+from qnext.runtime.log import log_once
 
 
 @intrinsic
@@ -46,18 +51,26 @@ def offset(typingctx: Any, start: Any, count: Any) -> Any:
     return start(start, types.int64), generate
 
 
-@intrinsic
-def call_at(typingctx: Any, address: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
-    """Call a compiled function that takes these four arguments by C's rules and returns nothing.
+def emit_call(builder: Any, address: Any, values: list[Any]) -> None:
+    """Code that calls a `CompiledFunction` by its address.
 
     What is called by address stays out of its caller's compilation: LLVM would go through all of it
-    again at every level of calls.
+    again at every level of calls. The call keeps Numba's own rules: room for a result and for an
+    error come first, neither of which our functions use.
     """
+    pointer = ir.IntType(8).as_pointer()
+    result, error = (cgutils.alloca_once(builder, pointer) for _ in range(2))
+    kinds = [result.type, error.type, *(value.type for value in values)]
+    target = ir.FunctionType(ir.IntType(32), kinds).as_pointer()
+    builder.call(builder.inttoptr(address, target), [result, error, *values])
+
+
+@intrinsic
+def call_at(typingctx: Any, address: Any, first: Any, second: Any, third: Any, fourth: Any) -> Any:
+    """Call a compiled function of these four arguments by its address; it returns nothing."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds = [context.get_value_type(kind) for kind in signature.args[1:]]
-        target = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
-        builder.call(builder.inttoptr(args[0], target), args[1:])
+        emit_call(builder, args[0], list(args[1:]))
         return context.get_dummy_value()
 
     return types.void(types.int64, first, second, third, fourth), generate
@@ -131,16 +144,29 @@ def cache_folder() -> str:
     return str(Path(os.path.expanduser(base)) / "qnext" / f"kernels-{digest.hexdigest()[:16]}")
 
 
+def _can_keep(folder: str) -> bool:
+    """Whether compiled code can be kept there; says so once if not."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as fault:
+        message = f"CPU kernels are compiled at every start: {folder} cannot be written: {fault}"
+        log_once(logging.getLogger("qnext.kernels"), message)
+        return False
+
+
 _CACHE_FOLDER = cache_folder()
+# Numba would go on to the folder of the sources, where nothing tells code of other sources apart.
+IS_KEPT = _can_keep(_CACHE_FOLDER)
 
 
-def compile_cached(decorate: Callable[[Callable[..., Any]], Any]) -> Callable[..., Any]:
+def compile_kept(decorate: Callable[[Callable[..., Any]], Any]) -> Callable[..., Any]:
     """A decorator of Numba's that keeps what it compiles in the kernels' own folder."""
 
     def apply(function: Callable[..., Any]) -> Any:
         before = numba.config.CACHE_DIR
-        # Read by Numba while it decorates; other packages' functions keep their own places. Where
-        # the folder cannot be written, Numba goes on to the next place it knows.
+        # Read by Numba while it decorates; other packages' functions keep their own places.
         numba.config.CACHE_DIR = _CACHE_FOLDER
         try:
             return decorate(function)
@@ -150,13 +176,16 @@ def compile_cached(decorate: Callable[[Callable[..., Any]], Any]) -> Callable[..
     return apply
 
 
-def _compile(function: Callable[..., Any], **options: Any) -> Any:
-    return compile_cached(njit(cache=True, nogil=True, error_model="numpy", **options))(function)
-
-
 def inner(function: Callable[..., Any]) -> Any:
     """Compile for other kernels only: without the wrappers for Python, which take a third of it."""
-    return _compile(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    decorate = njit(
+        cache=IS_KEPT,
+        nogil=True,
+        error_model="numpy",
+        no_cpython_wrapper=True,
+        no_cfunc_wrapper=True,
+    )
+    return compile_kept(decorate)(function)
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qnext.kernels.cpu_lanes import floats_at, halves_of, inner, offset, to_bits
+from qnext.kernels.cpu_lanes import emit_call, floats_at, halves_of, inner, offset, to_bits
 from qnext.kernels.cpu_team import CompiledFunction
 
 LANES = 16
@@ -435,9 +435,7 @@ def products(
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kinds = [context.get_value_type(kind) for kind in signature.args[1:]]
-        target = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
-        builder.call(builder.inttoptr(args[0], target), args[1:])
+        emit_call(builder, args[0], list(args[1:]))
         return context.get_dummy_value()
 
     return types.void(types.int64, *_signature(types.int64).args), generate

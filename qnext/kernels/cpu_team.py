@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic
 
-from qnext.kernels.cpu_lanes import compile_cached, inner
+from qnext.kernels.cpu_lanes import IS_KEPT, compile_kept, inner
 
 COMPILING = "compiling the CPU kernels; later starts read them from the disk"
 SLOW_SECONDS = 1.0
@@ -90,7 +90,7 @@ class CompiledFunction:
 
     Args:
         function: in the part of Python that Numba takes.
-        signature: of C.
+        signature: its arguments' types; it returns nothing.
     """
 
     def __init__(self, function: Callable[..., Any], signature: Any) -> None:
@@ -98,15 +98,14 @@ class CompiledFunction:
         self.signature = signature
 
     @cached_property
-    def _compiled(self) -> Any:
-        decorate = cfunc(self.signature, nopython=True, cache=True, error_model="numpy")
-        with _lock, saying_when_slow():
-            return compile_cached(decorate)(self.function)
-
-    @property
     def address(self) -> int:
-        """Of the machine code."""
-        return int(self._compiled.address)
+        """Of the machine code, for `emit_call`."""
+        with _lock, saying_when_slow():
+            compiled = inner(self.function)
+            compiled.compile(self.signature.args)
+            (found,) = compiled.overloads.values()
+            self._compiled = found  # keeps the code in memory
+            return int(found.library.get_pointer_to_function(found.fndesc.llvm_func_name))
 
 
 def layer_part(function: Callable[..., None]) -> CompiledFunction:
@@ -128,6 +127,14 @@ class TeamKernel(CompiledFunction):
 
     def __init__(self, function: Callable[..., None]) -> None:
         super().__init__(function, types.void(Table))
+
+    @cached_property
+    def address(self) -> int:
+        """Of the machine code, to be called by C's rules."""
+        decorate = cfunc(self.signature, nopython=True, cache=IS_KEPT, error_model="numpy")
+        with _lock, saying_when_slow():
+            self._compiled = compile_kept(decorate)(self.function)
+            return int(self._compiled.address)
 
     @cached_property
     def _alone(self) -> Any:

@@ -23,7 +23,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qnext.kernels.cpu_lanes import bfloats_at, bytes_at, floats_at, inner, ints_at, offset
+from qnext.kernels.cpu_lanes import (
+    bfloats_at,
+    bytes_at,
+    emit_call,
+    floats_at,
+    inner,
+    ints_at,
+    offset,
+)
 from qnext.kernels.cpu_products import LANES, ColumnLoop, dual_product, load_vector
 from qnext.kernels.cpu_team import CompiledFunction
 from qnext.kernels.cpu_vectors import (
@@ -161,9 +169,7 @@ def _call(typingctx: Any, function: Any, arguments: Any) -> Any:
     count = len(arguments)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        target = ir.FunctionType(ir.VoidType(), [I64] * count).as_pointer()
-        values = [builder.extract_value(args[1], i) for i in range(count)]
-        builder.call(builder.inttoptr(args[0], target), values)
+        emit_call(builder, args[0], [builder.extract_value(args[1], i) for i in range(count)])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.UniTuple(types.int64, count)), generate

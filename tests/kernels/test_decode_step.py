@@ -307,7 +307,9 @@ def test_compiled_code_is_kept_in_a_folder_of_its_own_for_these_sources(tmp_path
     assert list(folder.rglob("*.nbi")), "an index of compiled code"
     blocked = tmp_path / "file"
     blocked.write_text("")
-    run(blocked)  # a place that cannot be a folder: compiled all the same
+    run(blocked)  # a place that cannot be a folder: compiled all the same, and kept nowhere
+    beside = list(Path(cpu_products.__file__).parent.rglob("*.nbi"))
+    assert not beside, "beside the sources it could outlive them"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

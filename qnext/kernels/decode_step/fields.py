@@ -62,6 +62,8 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     MIX_WINDOW,
     ATTEND_WINDOW,
     MIX_EXPERTS,
+    RUN_LAYER,
+    ONE_STEP,
     # Weights.
     LAYERS,
     NUM_LAYERS,
@@ -140,4 +142,4 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     STRIDE_ROUTES,
     MAX_ROWS,
     NUM_FIELDS,
-) = range(97)
+) = range(99)

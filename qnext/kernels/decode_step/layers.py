@@ -7,6 +7,7 @@ where all meet. Norms of a few rows are cheaper than a meeting, so every thread 
 from typing import Any
 
 import numpy as np
+from numba import types
 
 from qnext.kernels.cpu_lanes import (
     bfloats_at,
@@ -21,7 +22,17 @@ from qnext.kernels.cpu_lanes import (
 )
 from qnext.kernels.cpu_math import rms_norm_row
 from qnext.kernels.cpu_products import arrange, products, scale_rows
-from qnext.kernels.cpu_team import TeamKernel, meet, share, team_size, thread_idx
+from qnext.kernels.cpu_team import (
+    CompiledFunction,
+    Floats,
+    Table,
+    TeamKernel,
+    layer_part,
+    meet,
+    share,
+    team_size,
+    thread_idx,
+)
 from qnext.kernels.decode_step import fields as F
 
 _NONE = np.float32(-np.inf)
@@ -84,8 +95,8 @@ def _add_output(t: Any, row: Any, num_columns: Any) -> None:
             target[c] += added[c]
 
 
-@inner
-def _layer(t: Any, row: Any, normed: Any, arranged: Any) -> None:
+@layer_part
+def run_layer(t: Any, row: Any, normed: Any, arranged: Any) -> None:
     """One decoder layer on the residual rows X."""
     team = ints_at(t[F.TEAM])
     _norm_rows(t, row[F.LN1], normed, arranged)
@@ -216,7 +227,6 @@ def _go_on(t: Any, step: Any) -> None:
     t[F.NUM_STEPS] = step + 2
 
 
-@inner
 def _one_step(t: Any, step: Any, normed: Any, arranged: Any) -> None:
     """All layers and the head on the rows of the table."""
     team = ints_at(t[F.TEAM])
@@ -230,7 +240,8 @@ def _one_step(t: Any, step: Any, normed: Any, arranged: Any) -> None:
     meet(team)
     layers = ints_at(t[F.LAYERS])
     for layer in range(t[F.NUM_LAYERS]):
-        _layer(t, offset(layers, layer * F.NUM_COLUMNS), normed, arranged)
+        row = offset(layers, layer * F.NUM_COLUMNS)
+        call_at(t[F.RUN_LAYER], t, row, normed, arranged)
     _norm_rows(t, t[F.FINAL_NORM], normed, arranged)
     if thread_idx() == 0:
         hidden = offset(floats_at(t[F.HIDDEN]), step * t[F.NUM_ROWS] * t[F.C])
@@ -241,6 +252,9 @@ def _one_step(t: Any, step: Any, normed: Any, arranged: Any) -> None:
     meet(team)
 
 
+ONE_STEP = CompiledFunction(_one_step, types.void(Table, types.int64, Floats, Floats))
+
+
 @TeamKernel
 def run_step(t: Any) -> None:
     """A step with weights of any kind, or several of one row each. t: table of `fields`"""
@@ -249,7 +263,7 @@ def run_step(t: Any) -> None:
     arranged = _workplace(t)
     step = 0
     while step < t[F.NUM_STEPS]:
-        _one_step(t, step, normed, arranged)
+        call_at(t[F.ONE_STEP], t, step, normed, arranged)
         if thread_idx() == 0:
             _merge_best(t, step)
             pending, slots = ints_at(t[F.PENDING]), ints_at(t[F.SLOTS])

@@ -19,7 +19,7 @@ from qnext.kernels.cpu_lanes import array
 from qnext.kernels.cpu_products import CHUNK, LAYOUTS, PRODUCTS
 from qnext.kernels.cpu_team import TeamPace
 from qnext.kernels.decode_step import fields as F
-from qnext.kernels.decode_step.layers import run_step
+from qnext.kernels.decode_step.layers import ONE_STEP, run_layer, run_step
 from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
 from qnext.kernels.experts.step import mix_experts
 from qnext.kernels.gated_delta_window.step import mix_window
@@ -171,6 +171,8 @@ def prepare(step: DecodeStep) -> _Prepared:
         F.MIX_WINDOW: mix_window,
         F.ATTEND_WINDOW: attend_window,
         F.MIX_EXPERTS: mix_experts,
+        F.RUN_LAYER: run_layer,
+        F.ONE_STEP: ONE_STEP,
     }
     for name, function in functions.items():
         table[name] = function.address

@@ -161,53 +161,52 @@ def _value_head(t: Any, row: Any, n: Any, slot_place: Any, head: Any) -> None:
         is_updating = True
 
 
-@inner
-def _key_head(t: Any, row: Any, n: Any, head: Any) -> None:
-    """One key head of a sequence's rows, with the value heads that read it."""
-    hk, hv, kd, vd, width = t[F.HK], t[F.HV], t[F.K], t[F.V], t[F.WIDTH]
-    group = hv // hk
-    channels = 2 * hk * kd + hv * vd
-    starts = ints_at(t[F.STARTS])
-    start, count = starts[n], starts[n + 1] - starts[n]
-    slot_place = row[F.MIXER_IDX] * t[F.NUM_SLOTS] + ints_at(t[F.SLOTS])[n]
-    pending = ints_at(t[F.PENDING])[ints_at(t[F.SLOTS])[n]]
-    history = offset(floats_at(t[F.CONV_STATE]), slot_place * channels * (width - 1))
-    inputs = offset(floats_at(t[F.WINDOW_INPUTS]), slot_place * t[F.MAX_WINDOW] * channels)
-    keys = offset(floats_at(t[F.WINDOW_KEYS]), slot_place * t[F.MAX_WINDOW] * hk * kd)
-    stride = t[F.STRIDE_FUSED]
-    fused = offset(floats_at(t[F.FUSED]), start * stride)
-    convolved = offset(floats_at(t[F.CONVOLVED]), start * stride)
-    spans = (
-        (head * kd, (head + 1) * kd),
-        ((hk + head) * kd, (hk + head + 1) * kd),
-        (2 * hk * kd + head * group * vd, 2 * hk * kd + (head + 1) * group * vd),
-    )
-    for part in range(3):
-        span = spans[part]
-        if pending > 0:
-            _advance_history(history, width, inputs, channels, span, pending)
-        taps = floats_at(row[F.CONV])
-        _convolve(fused, stride, history, taps, width, (count, channels), span, convolved)
-        for t_row in range(count):
-            for c in range(span[0], span[1]):
-                inputs[t_row * channels + c] = fused[t_row * stride + c]
-    scale = _ONE / np.sqrt(np.float32(kd))
-    for t_row in range(count):
-        q = offset(convolved, t_row * stride + spans[0][0])
-        k = offset(convolved, t_row * stride + spans[1][0])
-        _normalise(q, kd, scale, q)
-        _normalise(k, kd, _ONE, k)
-    for h in range(head * group, (head + 1) * group):
-        _value_head(t, row, n, slot_place, h)
-    for t_row in range(count):
-        k = offset(convolved, t_row * stride + spans[1][0])
-        for i in range(kd):
-            keys[(t_row * hk + head) * kd + i] = k[i]
-
-
 @layer_part
 def mix_window(t: Any, row: Any, normed: Any, arranged: Any) -> None:
-    """DeltaNet heads of this thread: FUSED, the projected rows, to HEADS."""
-    start, end = share(t[F.NUM_SEQS] * t[F.HK], 1)
-    for item in range(start, end):
-        _key_head(t, row, item // t[F.HK], item % t[F.HK])
+    """DeltaNet heads of this thread: FUSED, the projected rows, to HEADS.
+
+    The loop holds the work on a key head, with the value heads that read it: a function for it
+    would be compiled twice.
+    """
+    first_item, last_item = share(t[F.NUM_SEQS] * t[F.HK], 1)
+    for item in range(first_item, last_item):
+        n, head = item // t[F.HK], item % t[F.HK]
+        hk, hv, kd, vd, width = t[F.HK], t[F.HV], t[F.K], t[F.V], t[F.WIDTH]
+        group = hv // hk
+        channels = 2 * hk * kd + hv * vd
+        starts = ints_at(t[F.STARTS])
+        start, count = starts[n], starts[n + 1] - starts[n]
+        slot_place = row[F.MIXER_IDX] * t[F.NUM_SLOTS] + ints_at(t[F.SLOTS])[n]
+        pending = ints_at(t[F.PENDING])[ints_at(t[F.SLOTS])[n]]
+        history = offset(floats_at(t[F.CONV_STATE]), slot_place * channels * (width - 1))
+        inputs = offset(floats_at(t[F.WINDOW_INPUTS]), slot_place * t[F.MAX_WINDOW] * channels)
+        keys = offset(floats_at(t[F.WINDOW_KEYS]), slot_place * t[F.MAX_WINDOW] * hk * kd)
+        stride = t[F.STRIDE_FUSED]
+        fused = offset(floats_at(t[F.FUSED]), start * stride)
+        convolved = offset(floats_at(t[F.CONVOLVED]), start * stride)
+        spans = (
+            (head * kd, (head + 1) * kd),
+            ((hk + head) * kd, (hk + head + 1) * kd),
+            (2 * hk * kd + head * group * vd, 2 * hk * kd + (head + 1) * group * vd),
+        )
+        for part in range(3):
+            span = spans[part]
+            if pending > 0:
+                _advance_history(history, width, inputs, channels, span, pending)
+            taps = floats_at(row[F.CONV])
+            _convolve(fused, stride, history, taps, width, (count, channels), span, convolved)
+            for t_row in range(count):
+                for c in range(span[0], span[1]):
+                    inputs[t_row * channels + c] = fused[t_row * stride + c]
+        scale = _ONE / np.sqrt(np.float32(kd))
+        for t_row in range(count):
+            q = offset(convolved, t_row * stride + spans[0][0])
+            k = offset(convolved, t_row * stride + spans[1][0])
+            _normalise(q, kd, scale, q)
+            _normalise(k, kd, _ONE, k)
+        for h in range(head * group, (head + 1) * group):
+            _value_head(t, row, n, slot_place, h)
+        for t_row in range(count):
+            k = offset(convolved, t_row * stride + spans[1][0])
+            for i in range(kd):
+                keys[(t_row * hk + head) * kd + i] = k[i]

@@ -55,54 +55,6 @@ def _take_block(scores: Any, count: Any, scale: Any, running: Any, rows: Any, ou
 
 
 @inner
-def _kv_head(t: Any, row: Any, n: Any, head: Any) -> None:
-    """One key-value head of a sequence's rows, with the query heads that share it."""
-    hq, hkv, d, half = t[F.HQ], t[F.HKV], t[F.D], t[F.HALF_ROTARY]
-    group = hq // hkv
-    page_size, stride = t[F.PAGE_SIZE], t[F.STRIDE_FUSED]
-    starts = ints_at(t[F.STARTS])
-    start, count = starts[n], starts[n + 1] - starts[n]
-    context = ints_at(t[F.CONTEXTS])[n]
-    pages = offset(ints_at(t[F.PAGES]), n * t[F.PAGES_WIDTH])
-    layer = row[F.MIXER_IDX] * t[F.KV_ROWS] * hkv * d
-    key_address = t[F.KEYS] + layer * 4
-    keys, values = floats_at(key_address), offset(floats_at(t[F.VALUES]), layer)
-    eps = from_bits(np.int32(t[F.EPS]))
-    cos, sin = floats_at(t[F.COS]), floats_at(t[F.SIN])
-    fused = offset(floats_at(t[F.FUSED]), start * stride)
-    # Rotated queries of all rows and heads of the group, side by side for the products.
-    scores = offset(floats_at(t[F.SCORES]), thread_idx() * t[F.STRIDE_SCORES])
-    queries = offset(scores, count * group * page_size)
-    for step in range(count):
-        position = context + step
-        slot = pages[position // page_size] * page_size + position % page_size
-        place = (slot * hkv + head) * d
-        angles = (offset(cos, position * half), offset(sin, position * half))
-        key = offset(fused, step * stride + (2 * hq + head) * d)
-        _rotate(key, floats_at(row[F.K_NORM]), d, eps, angles, half)
-        value = offset(fused, step * stride + (2 * hq + hkv + head) * d)
-        for i in range(d):
-            keys[place + i] = key[i]
-            values[place + i] = value[i]
-        for h in range(group):
-            query = offset(fused, step * stride + (head * group + h) * d)
-            _rotate(query, floats_at(row[F.Q_NORM]), d, eps, angles, half)
-            own = offset(queries, (step * group + h) * d)
-            for i in range(d):
-                own[i] = query[i]
-    _attend(t, (start, count, context), (key_address, values, pages), head, (scores, queries))
-    for step in range(count):
-        for h in range(group):
-            out = offset(
-                floats_at(t[F.HEADS]),
-                (start + step) * t[F.STRIDE_HEADS] + (head * group + h) * d,
-            )
-            gate = offset(fused, step * stride + (hq + head * group + h) * d)
-            for i in range(d):
-                out[i] = out[i] * sigmoid(gate[i])
-
-
-@inner
 def _attend(t: Any, rows: Any, memory: Any, head: Any, room: Any) -> None:
     """Read out a group's queries page by page; each query sees the keys up to its own position."""
     start, count, context = rows
@@ -150,7 +102,53 @@ def _attend(t: Any, rows: Any, memory: Any, head: Any, room: Any) -> None:
 
 @layer_part
 def attend_window(t: Any, row: Any, normed: Any, arranged: Any) -> None:
-    """Attention heads of this thread: FUSED, the projected rows, to HEADS."""
-    start, end = share(t[F.NUM_SEQS] * t[F.HKV], 1)
-    for item in range(start, end):
-        _kv_head(t, row, item // t[F.HKV], item % t[F.HKV])
+    """Attention heads of this thread: FUSED, the projected rows, to HEADS.
+
+    The loop holds the work on a key-value head, with the query heads that share it.
+    """
+    first_item, last_item = share(t[F.NUM_SEQS] * t[F.HKV], 1)
+    for item in range(first_item, last_item):
+        n, head = item // t[F.HKV], item % t[F.HKV]
+        hq, hkv, d, half = t[F.HQ], t[F.HKV], t[F.D], t[F.HALF_ROTARY]
+        group = hq // hkv
+        page_size, stride = t[F.PAGE_SIZE], t[F.STRIDE_FUSED]
+        starts = ints_at(t[F.STARTS])
+        start, count = starts[n], starts[n + 1] - starts[n]
+        context = ints_at(t[F.CONTEXTS])[n]
+        pages = offset(ints_at(t[F.PAGES]), n * t[F.PAGES_WIDTH])
+        layer = row[F.MIXER_IDX] * t[F.KV_ROWS] * hkv * d
+        key_address = t[F.KEYS] + layer * 4
+        keys, values = floats_at(key_address), offset(floats_at(t[F.VALUES]), layer)
+        eps = from_bits(np.int32(t[F.EPS]))
+        cos, sin = floats_at(t[F.COS]), floats_at(t[F.SIN])
+        fused = offset(floats_at(t[F.FUSED]), start * stride)
+        # Rotated queries of all rows and heads of the group, side by side for the products.
+        scores = offset(floats_at(t[F.SCORES]), thread_idx() * t[F.STRIDE_SCORES])
+        queries = offset(scores, count * group * page_size)
+        for step in range(count):
+            position = context + step
+            slot = pages[position // page_size] * page_size + position % page_size
+            place = (slot * hkv + head) * d
+            angles = (offset(cos, position * half), offset(sin, position * half))
+            key = offset(fused, step * stride + (2 * hq + head) * d)
+            _rotate(key, floats_at(row[F.K_NORM]), d, eps, angles, half)
+            value = offset(fused, step * stride + (2 * hq + hkv + head) * d)
+            for i in range(d):
+                keys[place + i] = key[i]
+                values[place + i] = value[i]
+            for h in range(group):
+                query = offset(fused, step * stride + (head * group + h) * d)
+                _rotate(query, floats_at(row[F.Q_NORM]), d, eps, angles, half)
+                own = offset(queries, (step * group + h) * d)
+                for i in range(d):
+                    own[i] = query[i]
+        _attend(t, (start, count, context), (key_address, values, pages), head, (scores, queries))
+        for step in range(count):
+            for h in range(group):
+                out = offset(
+                    floats_at(t[F.HEADS]),
+                    (start + step) * t[F.STRIDE_HEADS] + (head * group + h) * d,
+                )
+                gate = offset(fused, step * stride + (hq + head * group + h) * d)
+                for i in range(d):
+                    out[i] = out[i] * sigmoid(gate[i])
