@@ -245,6 +245,8 @@ def copy_in(model: Qwen3Next, reader: CheckpointReader, tensors: Iterable[Logica
                 held = _parameter_rows(scale_of(parameter), part)
                 held.view(scale.shape).copy_(scale)
             _parameter_rows(parameter, part).view(rows.shape).copy_(rows)
+        del source
+        reader.release(tensor.name)
 
 
 @torch.no_grad()

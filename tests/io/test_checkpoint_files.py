@@ -220,3 +220,27 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path):
     with pytest.raises(ValueError, match="taken: no folder can be made here: it is a file"):
         save(path, make_tensors())
     assert path.read_text() == "kept"
+
+
+def mapped_mib():
+    """Memory of this process that belongs to mapped files, or a skip where nobody counts it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    sizes = [int(line.split()[1]) / 1024 for line in lines if line.startswith("RssFile:")]
+    if not sizes:
+        pytest.skip("this system does not count mapped files by process")
+    return sizes[0]
+
+
+def test_a_released_tensor_leaves_memory_and_can_be_read_again(tmp_path):
+    tensors = {"large": torch.arange(8 << 20, dtype=torch.int32), "small": torch.ones(3)}
+    save(tmp_path, tensors)
+    reader = CheckpointReader(tmp_path)
+    reader.release("small")  # never read: nothing to give back
+    before = mapped_mib()
+    total = reader.read("large").sum()
+    assert mapped_mib() - before > 24
+    reader.release("large")
+    assert mapped_mib() - before < 8
+    assert reader.read("large").sum() == total
+    assert torch.equal(reader.read("small"), tensors["small"])
