@@ -28,6 +28,7 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 from qnext.kernels.cpu_lanes import IS_KEPT, compile_kept, inner
+from qnext.runtime.log import log_once
 
 COMPILING = "compiling the CPU kernels; later starts read them from the disk"
 SLOW_SECONDS = 1.0
@@ -156,8 +157,8 @@ _lock = threading.RLock()
 
 @contextmanager
 def saying_when_slow() -> Iterator[None]:
-    """Log one line when a block takes long enough to be a compilation."""
-    timer = threading.Timer(SLOW_SECONDS, lambda: _logger.warning(COMPILING))
+    """Log one line when a block takes long enough to be a compilation; once is enough."""
+    timer = threading.Timer(SLOW_SECONDS, log_once, (_logger, COMPILING))
     timer.daemon = True
     timer.start()
     try:
