@@ -92,6 +92,8 @@ class Engine:
         Raises:
             ValueError: the cache could not hold it even alone.
         """
+        if not self.scheduler.has_work:
+            self.runner.read_weights()
         self.scheduler.add(request)
 
     def abort(self, requests: list[Request]) -> None:

@@ -38,12 +38,17 @@ class FusedSteps:
             self.draft = self._step(["mtp.layer."], "mtp.", rotation)
 
     def start(self, slot: int) -> None:
-        """Prepare for a new sequence; training may have changed the weights since the last one."""
+        """Prepare a state slot for a new sequence."""
         if self.trunk.prepared is not None:
             self._numba.pending_rows(self.trunk)[slot] = 0
-            self._numba.refresh(self.trunk)
-        if self.draft is not None and self.draft.prepared is not None:
-            self._numba.refresh(self.draft)
+
+    def read_weights(self) -> None:
+        """Look at the model's weights anew: training may have changed or replaced them."""
+        parameters = dict(self.model.named_parameters())
+        for step in (self.trunk, self.draft):
+            if step is not None and step.prepared is not None:
+                step.parameters = parameters
+                self._numba.read_weights(step)
 
     def window(
         self,

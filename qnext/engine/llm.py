@@ -57,7 +57,7 @@ class StreamChunk:
 
 
 class LLM:
-    """A model that answers prompts, any number at a time.
+    """A model that answers prompts, any number at a time, for one thread at a time.
 
     Args:
         model: "nano", a checkpoint folder, or a hub id.
@@ -101,7 +101,7 @@ class LLM:
         set_num_threads(num_threads)
         target = resolve_device(device)
         folder = resolve_checkpoint(model)
-        wanted = dtype if dtype in ("auto", "int8") else resolve_dtype(dtype)
+        wanted = dtype if dtype in ("auto", "int8", torch.int8) else resolve_dtype(dtype)
         opened = Qwen3Next.from_pretrained(folder, dtype=wanted, device=target)
         if target.type == "cpu":
             # Widening is exact, and most CPUs multiply 16-bit numbers slower than float32.

@@ -102,6 +102,11 @@ class ModelRunner:
         self.deferred_seconds = 0.0  # time spent on hidden rows put off from earlier steps
         self._pending: dict[str, _PendingRows] = {}
 
+    def read_weights(self) -> None:
+        """Look at the model's weights anew, which may have changed since they were last used."""
+        if self._fused is not None:
+            self._fused.read_weights()
+
     def start(self, request: Request) -> None:
         """Clear the state of a sequence that begins, or begins again."""
         slot = state_slot(request)

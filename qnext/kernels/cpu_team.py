@@ -30,7 +30,9 @@ from numba.extending import intrinsic
 from qnext.kernels.cpu_lanes import IS_KEPT, compile_kept, inner
 from qnext.runtime.log import log_once
 
-COMPILING = "compiling the CPU kernels; later starts read them from the disk"
+COMPILING = "compiling the CPU kernels"
+if IS_KEPT:
+    COMPILING += "; later starts read them from the disk"
 SLOW_SECONDS = 1.0
 
 _logger = logging.getLogger("qnext.kernels")

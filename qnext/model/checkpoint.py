@@ -277,7 +277,8 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
         return None
     found = dtype if isinstance(dtype, torch.dtype) else _TORCH_DTYPES.get(dtype)
     if found is None or found not in _DTYPE_NAMES:
-        raise ValueError(f"dtype = {dtype!r}: allowed are auto, {', '.join(DTYPES)}")
+        allowed = f"auto, {', '.join(DTYPES)}, and int8 to run on a CPU"
+        raise ValueError(f"dtype = {dtype!r}: allowed are {allowed}")
     return found
 
 

@@ -57,7 +57,7 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
         return name
     found = DTYPES.get(str(name).removeprefix("torch."))
     if found is None:
-        raise ValueError(f"dtype is {name!r}; want one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {name!r}; want auto, int8 or one of {', '.join(DTYPES)}")
     return found
 
 
@@ -90,7 +90,8 @@ def set_num_threads(num_threads: int | None) -> int:
         ValueError: the number is below 1.
     """
     if num_threads is not None:
-        if not isinstance(num_threads, int) or num_threads < 1:
+        is_count = isinstance(num_threads, int) and not isinstance(num_threads, bool)
+        if not is_count or num_threads < 1:
             raise ValueError(f"num_threads is {num_threads!r}; want an integer, at least 1")
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()

@@ -253,3 +253,26 @@ def test_the_engine_runs_on_a_gpu(model):
     assert [len(ids) for ids in token_ids(outputs)] == [12, 12, 12]
     sampled = llm.generate(id_prompts(5, 20), SamplingParams(max_tokens=8, top_k=5, logprobs=1))
     assert torch.isfinite(torch.tensor([o.outputs[0].cumulative_logprob for o in sampled])).all()
+
+
+@pytest.mark.parametrize("how", ["in place", "through data", "replaced", "data replaced"])
+def test_weights_may_change_between_calls_in_any_way(how):
+    changed = tiny_model()
+    llm = tiny_llm(changed, num_speculative_tokens=2)
+    prompts = id_prompts(5, 20)
+    before = token_ids(llm.generate(prompts, greedy(30)))
+    with torch.no_grad():
+        if how == "replaced":
+            state = {name: tensor * 1.3 for name, tensor in changed.state_dict().items()}
+            changed.load_state_dict(state, assign=True)
+        for parameter in changed.parameters() if how != "replaced" else ():
+            if how == "in place":
+                parameter *= 1.3
+            elif how == "through data":
+                parameter.data.mul_(1.3)
+            else:
+                parameter.data = parameter.data * 1.3
+    after = token_ids(llm.generate(prompts, greedy(30)))
+    fresh = tiny_llm(changed, num_speculative_tokens=0)
+    assert after == token_ids(fresh.generate(prompts, greedy(30)))
+    assert after != before

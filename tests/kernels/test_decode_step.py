@@ -322,7 +322,7 @@ def test_logits_that_are_no_numbers_are_an_error(dtype):
         fused.window(_windows([1]))
 
 
-def test_weights_that_have_changed_are_read_anew_when_a_sequence_begins():
+def test_weights_that_have_changed_are_read_anew_when_asked():
     model = tiny_model()
     cache = _cache(model)
     fused = FusedSteps(model, cache, 64)
@@ -330,8 +330,22 @@ def test_weights_that_have_changed_are_read_anew_when_a_sequence_begins():
         before = fused.window(_windows([1])).hidden
     with torch.no_grad():
         model.norm.weight += 1.0
-    fused.start(SLOTS[1])
+    fused.read_weights()
     with torch.inference_mode():
         after = fused.window(_windows([1])).hidden
         assert _close(after, model(_batch(_windows([1])), cache))
     assert not _close(after, before)
+
+
+def test_the_number_of_threads_may_change_from_step_to_step():
+    """A team that counts its meetings must not go on from what a team of another size counted."""
+    model = tiny_model()
+    cache = _cache(model)
+    fused = FusedSteps(model, cache, 64)
+    expected = {}
+    with torch.inference_mode():
+        for turn in range(60):
+            members = range(1 + turn % 4)
+            torch.set_num_threads(1 + (turn * 7) % 4)
+            found = fused.window(_windows(members)).hidden
+            assert torch.equal(found, expected.setdefault(len(members), found))

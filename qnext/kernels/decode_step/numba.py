@@ -66,7 +66,6 @@ class _Prepared:
     max_rows: int = 0
     max_seqs: int = 0
     pages_width: int = 0
-    fingerprint: tuple[Any, ...] = field(default_factory=tuple)
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:
@@ -122,6 +121,7 @@ def decode_step_numba(step: DecodeStep, rows: WindowRows) -> StepOutput:
     end_ids = rows.end_token_ids[:MAX_END_IDS] if rows.max_steps > 1 else ()
     table[F.NUM_END_IDS], room[F.END_IDS][: len(end_ids)] = len(end_ids), end_ids
     num_threads = prepared.pace.choose(num_rows, prepared.num_threads)
+    room[F.TEAM][0] = 0  # a team of another size may have counted before
     began = time.perf_counter()
     run_step(table, num_threads)
     num_steps = int(table[F.NUM_STEPS])
@@ -143,11 +143,10 @@ def pending_rows(step: DecodeStep) -> np.ndarray:
     return prepared.room[F.PENDING]
 
 
-def refresh(step: DecodeStep) -> None:
-    """Read the weights anew if they have changed since they were read."""
-    prepared: _Prepared | None = step.prepared
-    if prepared is not None and prepared.fingerprint != _fingerprint(step):
-        _read_weights(step, prepared)
+def read_weights(step: DecodeStep) -> None:
+    """Find all matrices and copy the small weights anew; not every change of one can be noticed."""
+    if step.prepared is not None:
+        _read_weights(step, step.prepared)
 
 
 def prepare(step: DecodeStep) -> _Prepared:
@@ -233,16 +232,7 @@ def _place(prepared: _Prepared, name: int, memory: np.ndarray) -> None:
     prepared.table[name] = memory.ctypes.data
 
 
-def _fingerprint(step: DecodeStep) -> tuple[Any, ...]:
-    """Changes whenever a weight is written to or replaced."""
-    return tuple(
-        (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-        for weight in step.parameters.values()
-    )
-
-
 def _read_weights(step: DecodeStep, prepared: _Prepared) -> None:
-    prepared.fingerprint = _fingerprint(step)
     kept: list[Any] = []
     names, table = step.parameters, prepared.table
     rows = np.zeros((len(step.layer_names), F.NUM_COLUMNS), dtype=np.int64)
