@@ -11,20 +11,16 @@ from numba import types
 from numba.extending import intrinsic
 
 from qnext.kernels.cpu_lanes import inner, offset
-from qnext.kernels.cpu_products import LANES, ColumnLoop, fused_multiply_add, load_vector
-
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-
-
-def _splat(builder: Any, value: Any, vector: Any) -> Any:
-    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, _I32(0))
-    mask = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), mask)
-
-
-def _store_vector(builder: Any, value: Any, pointer: Any, index: Any) -> None:
-    place = builder.bitcast(builder.gep(pointer, [index]), value.type.as_pointer())
-    builder.store(value, place, align=4)
+from qnext.kernels.cpu_vectors import (
+    F32,
+    I64,
+    LANES,
+    ColumnLoop,
+    fused_multiply_add,
+    load_vector,
+    splat,
+    store_vector,
+)
 
 
 def _weighted(lanes: int) -> Any:
@@ -39,7 +35,7 @@ def _weighted(lanes: int) -> Any:
         factor: Any,
         out: Any,
     ) -> Any:
-        vector = ir.VectorType(_F32, lanes)
+        vector = ir.VectorType(F32, lanes)
         index = types.int64
         signature = types.void(matrix, index, index, weights, index, types.float32, out)
 
@@ -47,14 +43,14 @@ def _weighted(lanes: int) -> Any:
             matrix, stride, num_rows, weights, first, factor, out = args
             fma = fused_multiply_add(builder.module, vector)
             before = load_vector(builder, out, first, vector, 4)
-            start = builder.fmul(before, _splat(builder, factor, vector))
-            loop = ColumnLoop(builder, _I64(0), num_rows, 1, [start])
+            start = builder.fmul(before, splat(builder, factor, vector))
+            loop = ColumnLoop(builder, I64(0), num_rows, 1, [start])
             place = builder.add(builder.mul(loop.index, stride), first)
             value = load_vector(builder, matrix, place, vector, 4)
             weight = builder.load(builder.gep(weights, [loop.index]))
-            total = builder.call(fma, [value, _splat(builder, weight, vector), loop.values[0]])
+            total = builder.call(fma, [value, splat(builder, weight, vector), loop.values[0]])
             (total,) = loop.close([total])
-            _store_vector(builder, total, out, first)
+            store_vector(builder, total, out, first)
             return context.get_dummy_value()
 
         return signature, generate
@@ -98,7 +94,7 @@ def _state_columns(lanes: int, is_updating: bool) -> Any:
         from_k: Any,
         from_q: Any,
     ) -> Any:
-        vector = ir.VectorType(_F32, lanes)
+        vector = ir.VectorType(F32, lanes)
         index = types.int64
         signature = types.void(before, after, index, index, index, update, k, q, from_k, from_q)
 
@@ -108,27 +104,27 @@ def _state_columns(lanes: int, is_updating: bool) -> Any:
             old_k, old_change, old_decay = (builder.extract_value(update, i) for i in range(3))
             if is_updating:
                 change = load_vector(builder, old_change, first, vector, 4)
-                decay = _splat(builder, old_decay, vector)
+                decay = splat(builder, old_decay, vector)
             zero = ir.Constant(vector, [0.0] * lanes)
-            loop = ColumnLoop(builder, _I64(0), num_rows, 1, [zero, zero])
+            loop = ColumnLoop(builder, I64(0), num_rows, 1, [zero, zero])
             place = builder.add(builder.mul(loop.index, size), first)
             state = load_vector(builder, before, place, vector, 4)
 
             def scalar(pointer: Any) -> Any:
-                return _splat(builder, builder.load(builder.gep(pointer, [loop.index])), vector)
+                return splat(builder, builder.load(builder.gep(pointer, [loop.index])), vector)
 
             if is_updating:
                 # A product, a product and a sum, each rounded, as PyTorch does it elsewhere.
                 written = builder.fmul(scalar(old_k), change)
                 state = builder.fadd(builder.fmul(state, decay), written)
-                _store_vector(builder, state, after, place)
+                store_vector(builder, state, after, place)
             sums = [
                 builder.call(fma, [state, scalar(pointer), total])
                 for pointer, total in zip((k, q), loop.values, strict=True)
             ]
             sums = loop.close(sums)
-            _store_vector(builder, sums[0], from_k, first)
-            _store_vector(builder, sums[1], from_q, first)
+            store_vector(builder, sums[0], from_k, first)
+            store_vector(builder, sums[1], from_q, first)
             return context.get_dummy_value()
 
         return signature, generate

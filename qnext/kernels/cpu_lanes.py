@@ -28,9 +28,7 @@ from qnext.runtime.log import log_once
 
 @intrinsic
 def widen(typingctx: Any, value: Any) -> Any:
-    """A float32 of a float32, or of the bits of a bfloat16 held as uint16."""
-    if value == types.float32:
-        return types.float32(value), lambda context, builder, signature, args: args[0]
+    """A float32 of the bits of a bfloat16 held as uint16."""
     if value != types.uint16:
         return None
 
@@ -118,12 +116,8 @@ def _address_as(dtype: Any) -> Any:
 
 
 # An address as a pointer to elements of one type; bfloat16 goes as its bits.
-floats_at, doubles_at = _address_as(types.float32), _address_as(types.float64)
-ints_at, bfloats_at, bytes_at = (
-    _address_as(types.int64),
-    _address_as(types.uint16),
-    _address_as(types.int8),
-)
+floats_at, ints_at = _address_as(types.float32), _address_as(types.int64)
+bfloats_at, bytes_at = _address_as(types.uint16), _address_as(types.int8)
 
 
 def cache_folder() -> str:

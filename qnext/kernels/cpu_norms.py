@@ -11,8 +11,8 @@ from numba.extending import intrinsic
 from qnext.kernels import cpu_vectors as vectors
 from qnext.kernels.cpu_lanes import array, floats_at, from_bits, inner, offset
 from qnext.kernels.cpu_math import silu
-from qnext.kernels.cpu_products import LANES, ColumnLoop, load_vector
 from qnext.kernels.cpu_team import TeamKernel, share
+from qnext.kernels.cpu_vectors import LANES, ColumnLoop, load_vector
 
 X, ROWS, GROUPS, SIZE, ROW_STRIDE, GROUP_STRIDE = range(6)
 WEIGHT, SHIFT, GATE, GATE_ROW_STRIDE, GATE_GROUP_STRIDE = range(6, 11)

@@ -21,63 +21,49 @@ from numba.extending import intrinsic
 
 from qnext.kernels.cpu_lanes import emit_call, floats_at, halves_of, inner, offset, to_bits
 from qnext.kernels.cpu_team import CompiledFunction
+from qnext.kernels.cpu_vectors import (
+    F32,
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    SECOND_CACHE,
+    ColumnLoop,
+    fused_multiply_add,
+    load_vector,
+    prefetch,
+)
 
-LANES = 16
 LINE_BYTES = 64  # of a cache
 CHUNK = 2 * LANES  # columns that a step of the inner loop takes
 
 # Stands for bfloat16 weights whose rows of x are bfloat16 as well; types.uint16 for widened ones.
 DUAL = types.int16
 
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_FLOATS, _INTS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
-
-
-def load_vector(builder: Any, pointer: Any, index: Any, vector: Any, align: int) -> Any:
-    """A vector of elements from `index` on, aligned to this many bytes at least."""
-    place = builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
-    return builder.load(place, align=align)
-
-
-def fused_multiply_add(module: Any, vector: Any) -> Any:
-    """LLVM's a * b + c, rounded once, for vectors of this type."""
-    name = f"llvm.fma.v{vector.count}f32"
-    return module.globals.get(name) or ir.Function(
-        module, ir.FunctionType(vector, [vector] * 3), name
-    )
-
-
-def _prefetch(builder: Any, pointer: Any, index: Any) -> None:
-    byte_pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, _I32, _I32, _I32])
-    name = "llvm.prefetch.p0"
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    place = builder.bitcast(builder.gep(pointer, [index]), byte_pointer)
-    builder.call(function, [place, _I32(0), _I32(2), _I32(1)])  # to read, into the second cache
-
 
 def _float_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
-    second = builder.add(index, _I64(LANES))
-    return [load_vector(builder, weight, i, _FLOATS, 4) for i in (index, second)]
+    second = builder.add(index, I64(LANES))
+    return [load_vector(builder, weight, i, FLOATS, 4) for i in (index, second)]
 
 
 def _bfloat16_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
     # Two bfloat16 in each 32 bits: the low one moved up, and the high one with the low bits
     # cleared, are fp32 numbers already. Widening them in order would take twice the instructions.
-    both = load_vector(builder, weight, index, _INTS, 2)
-    low = builder.shl(both, ir.Constant(_INTS, [16] * LANES))
-    high = builder.and_(both, ir.Constant(_INTS, [-65536] * LANES))
-    return [builder.bitcast(bits, _FLOATS) for bits in (low, high)]
+    both = load_vector(builder, weight, index, INTS, 2)
+    low = builder.shl(both, ir.Constant(INTS, [16] * LANES))
+    high = builder.and_(both, ir.Constant(INTS, [-65536] * LANES))
+    return [builder.bitcast(bits, FLOATS) for bits in (low, high)]
 
 
 def _bfloat16_words(builder: Any, weight: Any, index: Any) -> list[Any]:
-    return [load_vector(builder, weight, index, _INTS, 2)]
+    return [load_vector(builder, weight, index, INTS, 2)]
 
 
 def dual_product(module: Any) -> Any:
     """AVX512-BF16's s + a[0] * b[0] + a[1] * b[1] in each of 16 lanes, a and b two bfloat16."""
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
-    kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS, _INTS])
+    kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
     return module.globals.get(name) or ir.Function(module, kind, name)
 
 
@@ -90,10 +76,10 @@ def dual_objection() -> str | None:
 
 
 def _int8_pair(builder: Any, weight: Any, index: Any) -> list[Any]:
-    second = builder.add(index, _I64(LANES))
+    second = builder.add(index, I64(LANES))
     narrow = ir.VectorType(ir.IntType(8), LANES)
     values = [load_vector(builder, weight, i, narrow, 1) for i in (index, second)]
-    return [builder.sitofp(builder.sext(value, _INTS), _FLOATS) for value in values]
+    return [builder.sitofp(builder.sext(value, INTS), FLOATS) for value in values]
 
 
 def _one_float(builder: Any, value: Any) -> Any:
@@ -101,12 +87,12 @@ def _one_float(builder: Any, value: Any) -> Any:
 
 
 def _one_bfloat16(builder: Any, value: Any) -> Any:
-    bits = builder.shl(builder.zext(value, _I32), _I32(16))
-    return builder.bitcast(bits, _F32)
+    bits = builder.shl(builder.zext(value, I32), I32(16))
+    return builder.bitcast(bits, F32)
 
 
 def _one_int8(builder: Any, value: Any) -> Any:
-    return builder.sitofp(value, _F32)
+    return builder.sitofp(value, F32)
 
 
 # How the elements of a weight become fp32: CHUNK of them as two vectors, and one.
@@ -124,7 +110,7 @@ def _halves(builder: Any, first: Any, second: Any, segment: int) -> Any:
     lower = [start + i for start in range(0, lanes, segment) for i in range(segment // 2)]
     other = ir.Constant(first.type, ir.Undefined) if second is None else second
     masks = [
-        ir.Constant(ir.VectorType(_I32, len(lower)), [i + shift for i in lower])
+        ir.Constant(ir.VectorType(I32, len(lower)), [i + shift for i in lower])
         for shift in (0, segment // 2)
     ]
     return builder.fadd(*[builder.shuffle_vector(first, other, mask) for mask in masks])
@@ -141,40 +127,6 @@ def _fold(builder: Any, sums: list[Any]) -> Any:
             sums = [_halves(builder, sums[0], None, segment)]
         segment //= 2
     return sums[0]
-
-
-class ColumnLoop:
-    """A loop with some running values, as basic blocks of LLVM."""
-
-    def __init__(self, builder: Any, start: Any, end: Any, step: int, initial: list[Any]) -> None:
-        self.builder = builder
-        before = builder.block
-        self._body = builder.append_basic_block()
-        self._after = builder.append_basic_block()
-        builder.cbranch(builder.icmp_signed("<", start, end), self._body, self._after)
-        builder.position_at_end(self._body)
-        self.index = builder.phi(_I64)
-        self.index.add_incoming(start, before)
-        self.values = [builder.phi(value.type) for value in initial]
-        for phi, value in zip(self.values, initial, strict=True):
-            phi.add_incoming(value, before)
-        self._before, self._initial, self._end, self._step = before, initial, end, step
-
-    def close(self, values: list[Any]) -> list[Any]:
-        """Go on with these values; returns those after the loop."""
-        builder, body_end = self.builder, self.builder.block
-        following = builder.add(self.index, _I64(self._step))
-        builder.cbranch(builder.icmp_signed("<", following, self._end), self._body, self._after)
-        self.index.add_incoming(following, body_end)
-        builder.position_at_end(self._after)
-        results = []
-        for phi, initial, value in zip(self.values, self._initial, values, strict=True):
-            phi.add_incoming(value, body_end)
-            result = builder.phi(value.type)
-            result.add_incoming(initial, self._before)
-            result.add_incoming(value, body_end)
-            results.append(result)
-        return results
 
 
 class _Block:
@@ -195,22 +147,22 @@ class _Block:
     def whole_chunks(self, whole: Any, ahead: Any) -> list[Any]:
         """Sums over the first `whole` columns, while memory `ahead` is fetched."""
         builder, num_outputs = self.builder, len(self.weights)
-        lanes = _INTS if self.is_dual else _FLOATS
+        lanes = INTS if self.is_dual else FLOATS
         if self.is_dual:
             multiply = dual_product(builder.module)
         else:
-            multiply = fused_multiply_add(builder.module, _FLOATS)
-        zero = ir.Constant(_FLOATS, [0.0] * LANES)
-        loop = ColumnLoop(builder, _I64(0), whole, CHUNK, [zero] * (num_outputs * len(self.rows)))
+            multiply = fused_multiply_add(builder.module, FLOATS)
+        zero = ir.Constant(FLOATS, [0.0] * LANES)
+        loop = ColumnLoop(builder, I64(0), whole, CHUNK, [zero] * (num_outputs * len(self.rows)))
         # What is read next, fetched line after line: it comes as one stream, where rows side by
         # side would be a short stream each.
-        done = builder.mul(loop.index, _I64(num_outputs))
+        done = builder.mul(loop.index, I64(num_outputs))
         for place in range(0, num_outputs * CHUNK, self.line):
-            _prefetch(builder, ahead, builder.add(done, _I64(place)))
+            prefetch(builder, ahead, builder.add(done, I64(place)), SECOND_CACHE)
         parts = [self.pair(builder, weight, loop.index) for weight in self.weights]
         sums = list(loop.values)
         for half in range(len(parts[0])):
-            place = builder.add(loop.index, _I64(LANES * half))
+            place = builder.add(loop.index, I64(LANES * half))
             for r, row in enumerate(self.rows):
                 value = load_vector(builder, row, place, lanes, 2)
                 for n in range(num_outputs):
@@ -219,7 +171,7 @@ class _Block:
                     terms = [sums[at], *factors] if self.is_dual else [*factors, sums[at]]
                     sums[at] = builder.call(multiply, terms)
         folded = _fold(builder, loop.close(sums))
-        return [builder.extract_element(folded, _I32(i)) for i in range(len(sums))]
+        return [builder.extract_element(folded, I32(i)) for i in range(len(sums))]
 
     def last_columns(self, whole: Any, length: Any, totals: list[Any]) -> list[Any]:
         """The sums with the columns from `whole` on, one by one."""
@@ -245,15 +197,15 @@ def _block(num_outputs: int, num_rows: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         weight, stride, first, ahead, x, x_stride, x_rows, length, *targets = args
         out, out_stride, out_rows = targets
-        outputs = [builder.add(first, _I64(n)) for n in range(num_outputs)]
+        outputs = [builder.add(first, I64(n)) for n in range(num_outputs)]
         weights = [builder.gep(weight, [builder.mul(output, stride)]) for output in outputs]
-        which = [builder.load(builder.gep(x_rows, [_I64(r)])) for r in range(num_rows)]
+        which = [builder.load(builder.gep(x_rows, [I64(r)])) for r in range(num_rows)]
         rows = [builder.gep(x, [builder.mul(row, x_stride)]) for row in which]
         block = _Block(builder, signature.args[0].dtype, weights, rows)
-        whole = builder.and_(length, _I64(-CHUNK))
+        whole = builder.and_(length, I64(-CHUNK))
         totals = block.last_columns(whole, length, block.whole_chunks(whole, ahead))
         for r in range(num_rows):
-            start = builder.mul(builder.load(builder.gep(out_rows, [_I64(r)])), out_stride)
+            start = builder.mul(builder.load(builder.gep(out_rows, [I64(r)])), out_stride)
             for n, output in enumerate(outputs):
                 place = builder.gep(out, [builder.add(start, output)])
                 builder.store(totals[r * num_outputs + n], place)

@@ -32,7 +32,7 @@ from qnext.kernels.cpu_lanes import (
     ints_at,
     offset,
 )
-from qnext.kernels.cpu_products import LANES, ColumnLoop, dual_product, load_vector
+from qnext.kernels.cpu_products import dual_product
 from qnext.kernels.cpu_team import CompiledFunction
 from qnext.kernels.cpu_vectors import (
     F32,
@@ -40,9 +40,12 @@ from qnext.kernels.cpu_vectors import (
     I32,
     I64,
     INTS,
+    LANES,
+    ColumnLoop,
     bits_of,
     constant,
     integers,
+    load_vector,
     pairs_at,
     prefetch,
     round_to_high,

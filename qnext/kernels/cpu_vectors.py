@@ -6,8 +6,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from qnext.kernels.cpu_products import LANES, ColumnLoop, fused_multiply_add, load_vector
-
+LANES = 16
+# Where `prefetch` brings memory.
+FIRST_CACHE, SECOND_CACHE = 3, 2
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
@@ -50,14 +51,62 @@ def store_vector(builder: Any, value: Any, pointer: Any, index: Any, align: int 
     builder.store(value, place, align=align)
 
 
-def prefetch(builder: Any, pointer: Any, index: Any) -> None:
-    """Have the line of an element brought near."""
+def load_vector(builder: Any, pointer: Any, index: Any, vector: Any, align: int) -> Any:
+    """A vector of elements from `index` on, aligned to this many bytes at least."""
+    place = builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+    return builder.load(place, align=align)
+
+
+def fused_multiply_add(module: Any, vector: Any) -> Any:
+    """LLVM's a * b + c, rounded once, for vectors of this type."""
+    name = f"llvm.fma.v{vector.count}f32"
+    return module.globals.get(name) or ir.Function(
+        module, ir.FunctionType(vector, [vector] * 3), name
+    )
+
+
+class ColumnLoop:
+    """A loop with some running values, as basic blocks of LLVM."""
+
+    def __init__(self, builder: Any, start: Any, end: Any, step: int, initial: list[Any]) -> None:
+        self.builder = builder
+        before = builder.block
+        self._body = builder.append_basic_block()
+        self._after = builder.append_basic_block()
+        builder.cbranch(builder.icmp_signed("<", start, end), self._body, self._after)
+        builder.position_at_end(self._body)
+        self.index = builder.phi(I64)
+        self.index.add_incoming(start, before)
+        self.values = [builder.phi(value.type) for value in initial]
+        for phi, value in zip(self.values, initial, strict=True):
+            phi.add_incoming(value, before)
+        self._before, self._initial, self._end, self._step = before, initial, end, step
+
+    def close(self, values: list[Any]) -> list[Any]:
+        """Go on with these values; returns those after the loop."""
+        builder, body_end = self.builder, self.builder.block
+        following = builder.add(self.index, I64(self._step))
+        builder.cbranch(builder.icmp_signed("<", following, self._end), self._body, self._after)
+        self.index.add_incoming(following, body_end)
+        builder.position_at_end(self._after)
+        results = []
+        for phi, initial, value in zip(self.values, self._initial, values, strict=True):
+            phi.add_incoming(value, body_end)
+            result = builder.phi(value.type)
+            result.add_incoming(initial, self._before)
+            result.add_incoming(value, body_end)
+            results.append(result)
+        return results
+
+
+def prefetch(builder: Any, pointer: Any, index: Any, cache: int = FIRST_CACHE) -> None:
+    """Have the line of an element brought into a cache."""
     byte_pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte_pointer, I32, I32, I32])
     name = "llvm.prefetch.p0"
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     place = builder.bitcast(builder.gep(pointer, [index]), byte_pointer)
-    builder.call(function, [place, I32(0), I32(3), I32(1)])
+    builder.call(function, [place, I32(0), I32(cache), I32(1)])
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:

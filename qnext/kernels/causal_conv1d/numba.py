@@ -10,8 +10,8 @@ from numba.extending import intrinsic
 from qnext.kernels import cpu_vectors as vectors
 from qnext.kernels.cpu_lanes import array, floats_at, inner, ints_at, offset
 from qnext.kernels.cpu_math import silu
-from qnext.kernels.cpu_products import LANES, ColumnLoop, load_vector
 from qnext.kernels.cpu_team import TeamKernel, share, thread_idx
+from qnext.kernels.cpu_vectors import LANES, ColumnLoop, load_vector
 
 WIDTH = 4
 X, X_STRIDE, NUM_TOKENS, D, TAPS, POSITIONS, HISTORY, HAS_HISTORY, ROWS, OUT = range(10)

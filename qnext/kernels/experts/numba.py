@@ -7,7 +7,6 @@ import torch
 
 from qnext.kernels import cpu_products, cpu_tiles
 from qnext.kernels.cpu_lanes import floats_at, inner, ints_at, offset
-from qnext.kernels.cpu_products import LANES
 from qnext.kernels.cpu_team import TeamKernel, meet, share, team_size, thread_idx
 from qnext.kernels.cpu_tiles import (
     GROUP_PANELS,
@@ -19,7 +18,7 @@ from qnext.kernels.cpu_tiles import (
     scale_tile,
     weight_rows,
 )
-from qnext.kernels.cpu_vectors import pack_swiglu, pairs_at
+from qnext.kernels.cpu_vectors import LANES, pack_swiglu, pairs_at
 
 TEAM, NUM_TOKENS, C, E, A, I = range(6)
 X, X_STRIDE, GATE_UP, DOWN, WEIGHTS, IDS, OUT = range(6, 13)

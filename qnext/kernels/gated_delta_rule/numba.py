@@ -11,8 +11,8 @@ from numba.extending import intrinsic
 from qnext.kernels import cpu_vectors as vectors
 from qnext.kernels.cpu_lanes import floats_at, inner, ints_at, offset
 from qnext.kernels.cpu_math import exp
-from qnext.kernels.cpu_products import LANES, ColumnLoop, load_vector
 from qnext.kernels.cpu_team import TeamKernel, share, thread_idx
+from qnext.kernels.cpu_vectors import LANES, ColumnLoop, load_vector
 
 NUM_SEQS, BOUNDS, STATES, HK, HV, K, V = range(7)
 Q, KEYS, VALUES, G, BETA, OUT, CHANGES = range(7, 14)

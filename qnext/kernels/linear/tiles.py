@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qnext.kernels.cpu_lanes import ints_at
-from qnext.kernels.cpu_products import LANES, dual_objection
+from qnext.kernels.cpu_products import dual_objection
 from qnext.kernels.cpu_team import TeamKernel, meet, share, team_size, thread_idx
 from qnext.kernels.cpu_tiles import (
     GROUP_PANELS,
@@ -17,6 +17,7 @@ from qnext.kernels.cpu_tiles import (
     pack_rows,
     scales_of,
 )
+from qnext.kernels.cpu_vectors import LANES
 
 (
     TEAM, X, X_STRIDE, NUM_ROWS, SIZE, WEIGHT, NUM_OUTPUTS, PANELS, WORK, OUT, ROWS, CODE, SCALES,

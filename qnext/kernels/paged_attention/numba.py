@@ -11,7 +11,6 @@ from numba.extending import intrinsic
 from qnext.kernels import cpu_products, cpu_tiles
 from qnext.kernels import cpu_vectors as vectors
 from qnext.kernels.cpu_lanes import floats_at, from_bits, inner, ints_at, offset
-from qnext.kernels.cpu_products import LANES, ColumnLoop, load_vector
 from qnext.kernels.cpu_team import TeamKernel, meet, share, team_size, thread_idx
 from qnext.kernels.cpu_tiles import (
     MAX_PANELS,
@@ -22,7 +21,17 @@ from qnext.kernels.cpu_tiles import (
     pair_bits,
     store_rows,
 )
-from qnext.kernels.cpu_vectors import FLOATS, I32, I64, INTS, pack_pairs, pairs_at
+from qnext.kernels.cpu_vectors import (
+    FLOATS,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    ColumnLoop,
+    load_vector,
+    pack_pairs,
+    pairs_at,
+)
 
 BLOCK_KEYS = 64  # keys that a running softmax takes at a time
 BLOCK_ROWS = MAX_PANELS * LANES
