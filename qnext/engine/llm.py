@@ -63,7 +63,7 @@ class LLM:
         model: "nano", a checkpoint folder, or a hub id.
         dtype: of the weights: "auto" is the stored type; else "float32", "bfloat16", "float16",
             "float64", or on a CPU "int8", with a scale for each row of a matrix. A GPU computes in
-            it too; a CPU always computes in float32 at least.
+            it too; a CPU holds activations and sums in float32 at least (docs/numerics.md).
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N".
         max_model_len: tokens of prompt and answer together; by default what the model was made
             for, or less if the cache could not hold that.
@@ -104,7 +104,7 @@ class LLM:
         wanted = dtype if dtype in ("auto", "int8", torch.int8) else resolve_dtype(dtype)
         opened = Qwen3Next.from_pretrained(folder, dtype=wanted, device=target)
         if target.type == "cpu":
-            # Widening is exact, and most CPUs multiply 16-bit numbers slower than float32.
+            # Kernels round for themselves where a CPU multiplies 16-bit numbers faster.
             opened.compute_dtype = torch.promote_types(opened.dtype, torch.float32)
         self._set_up(
             opened,
