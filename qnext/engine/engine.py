@@ -79,7 +79,7 @@ class Engine:
         else:
             self.speculation = FixedSpeculation(options.max_drafts)
         self.metrics = EngineMetrics()
-        self._step_seconds = 0.0  # of the last step
+        self._step_seconds: dict[int, float] = {}  # of the last step, by its number of drafts
 
     @property
     def has_work(self) -> bool:
@@ -145,20 +145,21 @@ class Engine:
         num_drafts = self.speculation.choose(len(requests))
         deferred_seconds = self.runner.deferred_seconds
         start = time.perf_counter()
+        max_rounds, end_ids = self._rounds_ahead(requests, num_drafts)
+        if max_rounds:
+            rounds = self.runner.take_rounds(requests, num_drafts, max_rounds, end_ids)
+            if rounds is not None:
+                outcomes = self._append_rounds(requests, rounds.token_ids, num_drafts)
+                self.runner.keep_rounds(requests, rounds, num_drafts)
+                num_rounds = len(rounds.token_ids)
+                self._note_steps(start, deferred_seconds, num_drafts, outcomes, num_rounds)
+                self.metrics.num_decode_steps += num_rounds - 1  # `step` counts one
+                return list(requests)
         drafts = self._draft(requests, num_drafts)
         windows = [self._window(r, d) for r, d in zip(requests, drafts, strict=True)]
-        max_steps, end_ids = self._steps_ahead(requests, num_drafts)
-        hidden, rows, num_steps = self.runner.forward_windows(windows, max_steps, end_ids)
-        if num_steps > 1:
-            self._take_steps(requests, rows, num_steps)
-            self.runner.commit(windows, [1] * len(windows), hidden, num_steps)
-            seconds = (time.perf_counter() - start) / num_steps
-            self.speculation.record(len(requests), 0, seconds, [(0, 0)] * len(requests))
-            self._count_steps(0, seconds, num_steps)
-            self.metrics.num_decode_steps += num_steps - 1  # `step` counts one
-            return list(requests)
+        hidden, rows = self.runner.forward_windows(windows)
         first_row, kept_rows, changed = 0, [], []
-        outcomes: list[tuple[int, int]] = []  # drafts of each sequence, and how many stood
+        outcomes = []
         for window, sequence_drafts in zip(windows, drafts, strict=True):
             request, num_rows = window.request, len(window.token_ids)
             if request.is_replaying:
@@ -172,47 +173,70 @@ class Engine:
                 changed.append(request)
             first_row += num_rows
         self.runner.commit(windows, kept_rows, hidden)
-        deferred_seconds = self.runner.deferred_seconds - deferred_seconds
-        seconds = time.perf_counter() - start - deferred_seconds
-        if len(outcomes) == len(requests):
-            self.speculation.record(len(requests), num_drafts, seconds, outcomes, deferred_seconds)
-        self._count_steps(num_drafts, seconds, 1)
+        is_whole = len(outcomes) == len(requests)
+        self._note_steps(start, deferred_seconds, num_drafts, outcomes if is_whole else None, 1)
         return changed
 
-    def _steps_ahead(
+    def _rounds_ahead(
         self, requests: tuple[Request, ...], num_drafts: int
     ) -> tuple[int, tuple[int, ...]]:
-        """Steps that may be taken without a look at their tokens, and the tokens that end them."""
-        if num_drafts or not self._step_seconds:
-            return 1, ()
-        steps = int(AHEAD_SECONDS / self._step_seconds)
-        page_size = self.options.page_size
+        """Rounds that a kernel may decide by itself, 0 if none; tokens that end them."""
+        seconds = self._step_seconds.get(num_drafts)
+        is_timed = seconds is not None and not self.speculation.is_trying
+        rounds = max(1, int(AHEAD_SECONDS / seconds)) if is_timed and seconds else 1
+        window, page_size = num_drafts + 1, self.options.page_size
         end_ids: set[int] = set()
         for request in requests:
             params = request.params
-            if not params.is_greedy or params.has_penalties or params.logprobs is not None:
-                return 1, ()
-            if request.is_replaying:
-                return 1, ()
-            # The last of these tokens is not forwarded, so it needs no place yet.
+            if params.has_penalties or params.logprobs is not None or request.is_replaying:
+                return 0, ()
+            # The last token decided is not forwarded, so it needs no place yet.
             room = len(request.page_ids) * page_size - request.num_tokens + 1
-            steps = min(steps, request.num_remaining, room)
+            rounds = min(rounds, request.num_remaining // window, room // window)
             end_ids |= request.end_token_ids
             end_ids.update(params.stop_token_ids or ())
-        return max(1, steps), tuple(end_ids)
+        return rounds, tuple(end_ids)
 
-    def _take_steps(self, requests: tuple[Request, ...], rows: TensorRows, num_steps: int) -> None:
-        """Append the best tokens of several steps; those after an answer's end are dropped."""
-        for step in range(num_steps):
-            for idx, request in enumerate(requests):
+    def _append_rounds(
+        self,
+        requests: tuple[Request, ...],
+        rounds: list[list[list[int]]],
+        num_drafts: int,
+    ) -> list[tuple[int, int]]:
+        """Append tokens of several rounds; those after an answer's end are dropped.
+
+        Returns:
+            For each window its drafts and how many stood.
+        """
+        outcomes = []
+        for decided in rounds:
+            for request, token_ids in zip(requests, decided, strict=True):
+                num_accepted = len(token_ids) - 1
+                outcomes.append((num_drafts, num_accepted))
                 if request.finish_reason is None:
-                    token_id = rows.argmax(step * len(requests) + idx)
-                    self._append(request, VerifiedWindow([token_id], 0), rows, 0)
-                    self._count(request, 0, 0)
+                    self._append(request, VerifiedWindow(token_ids, num_accepted), None, 0)
+                    self._count(request, num_drafts, num_accepted)
+        return outcomes
+
+    def _note_steps(
+        self,
+        start: float,
+        deferred_before: float,
+        num_drafts: int,
+        outcomes: list[tuple[int, int]] | None,
+        num_steps: int,
+    ) -> None:
+        """Learn from steps that began at `start`; outcomes: None if they were not typical."""
+        deferred_seconds = self.runner.deferred_seconds - deferred_before
+        seconds = (time.perf_counter() - start - deferred_seconds) / num_steps
+        if outcomes is not None:
+            num_seqs = len(outcomes) // num_steps
+            self.speculation.record(num_seqs, num_drafts, seconds, outcomes, deferred_seconds)
+        self._count_steps(num_drafts, seconds, num_steps)
 
     def _count_steps(self, num_drafts: int, seconds: float, num_steps: int) -> None:
         """Note steps and how long one of them took."""
-        self._step_seconds = seconds
+        self._step_seconds[num_drafts] = seconds
         steps = self.metrics.num_steps_by_speculation
         steps[num_drafts] = steps.get(num_drafts, 0) + num_steps
 
@@ -240,11 +264,13 @@ class Engine:
         return SequenceRows(request, [request.token_ids[-1], *drafts.token_ids], start)
 
     def _append(
-        self, request: Request, verified: VerifiedWindow, rows: TensorRows, first_row: int
+        self, request: Request, verified: VerifiedWindow, rows: TensorRows | None, first_row: int
     ) -> None:
+        """Append decided tokens. rows: their logits, where log-probabilities are asked for"""
         now = time.monotonic()
         for depth, token_id in enumerate(verified.token_ids):
             if request.params.logprobs is not None:
+                assert rows is not None, "log-probabilities without logits"
                 found = raw_logprobs(rows.row(first_row + depth), token_id, request.params.logprobs)
                 request.logprobs.append(found)
                 request.cumulative_logprob += found[token_id].logprob

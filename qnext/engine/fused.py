@@ -1,7 +1,6 @@
 """Whole-step kernels for windows on a CPU, where one exists for the model and its cache."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -10,8 +9,15 @@ from torch import Tensor
 
 from qnext.cache.hybrid import HybridCache
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
+from qnext.engine.sampler import cuts_of
 from qnext.kernels import dispatch
-from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
+from qnext.kernels.decode_step.reference import (
+    DecodeStep,
+    Rounds,
+    RoundsOutput,
+    StepOutput,
+    WindowRows,
+)
 from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
 from qnext.model.qwen3_next import Qwen3Next
@@ -50,22 +56,46 @@ class FusedSteps:
                 step.parameters = parameters
                 self._numba.read_weights(step)
 
-    def window(
-        self,
-        windows: Sequence[SequenceRows],
-        max_steps: int = 1,
-        end_token_ids: Sequence[int] = (),
-    ) -> StepOutput:
-        """Run windows through the trunk and its head; states wait for `commit`.
-
-        Args:
-            max_steps, end_token_ids: as in `WindowRows`; of several steps all but the last are
-                committed.
-        """
-        rows = replace(self._rows(windows, None), max_steps=max_steps, end_token_ids=end_token_ids)
-        out: StepOutput = dispatch.decode_step(self.trunk, rows)
+    def window(self, windows: Sequence[SequenceRows]) -> StepOutput:
+        """Run windows through the trunk and its head; states wait for `commit`."""
+        out: StepOutput = dispatch.decode_step(self.trunk, self._rows(windows, None))
         self._is_deferring = out.best is not None
         return out
+
+    def can_take_rounds(self, windows: Sequence[SequenceRows]) -> bool:
+        """Whether compiled code can go on by itself from these rows, one a sequence."""
+        rows = self._rows(windows, None)
+        return dispatch.decode_step.backend_for(self.trunk, rows) == "numba"
+
+    def take_rounds(
+        self,
+        windows: Sequence[SequenceRows],
+        draft_rows: tuple[list[SequenceRows], Tensor] | None,
+        num_drafts: int,
+        max_rounds: int,
+        end_token_ids: Sequence[int],
+    ) -> RoundsOutput:
+        """Rounds of drafts and verification, or of plain steps; all are committed.
+
+        Args:
+            windows: the last token of each sequence.
+            draft_rows: rows that the draft layer has not seen and their states, as for `mtp_step`.
+            num_drafts, max_rounds, end_token_ids: as in `Rounds`.
+        """
+        from qnext.kernels.decode_step.rounds import decode_rounds
+
+        requests = [rows.request for rows in windows]
+        rounds = Rounds(
+            rows=self._rows(windows, None),
+            draft_rows=None if draft_rows is None else self._rows(*draft_rows),
+            cuts=[cuts_of(request.params) for request in requests],
+            seeds=[request.seed for request in requests],
+            num_drafts=num_drafts,
+            max_rounds=max_rounds,
+            end_token_ids=end_token_ids,
+        )
+        self._is_deferring = True
+        return decode_rounds(self.trunk, self.draft, rounds)
 
     def mtp_step(self, rows: Sequence[SequenceRows], hidden: Tensor) -> StepOutput:
         """One step of the draft layer and the head on rows whose ids are the tokens after them.

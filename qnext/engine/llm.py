@@ -21,7 +21,6 @@ from qnext.engine.request import (
     check_drafts,
     require_integer,
 )
-from qnext.engine.sampler import request_seed
 from qnext.engine.sizing import (
     PAGE_SIZE,
     PREFILL_CHUNK_TOKENS,
@@ -33,6 +32,7 @@ from qnext.io.hub import resolve_checkpoint
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from qnext.runtime.log import get_logger
+from qnext.runtime.random_bits import request_seed
 from qnext.tokenizer import load as load_tokenizer
 from qnext.tokenizer.stream import IncrementalDetokenizer
 from qnext.tokenizer.tokenizer import Tokenizer

@@ -16,10 +16,12 @@ from qnext.cache.hybrid import HybridCache
 from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
-from qnext.engine.sampler import LogitsRow, Purpose
+from qnext.engine.sampler import LogitsRow
 from qnext.engine.speculative import Drafts, choose_token
+from qnext.kernels.decode_step.reference import RoundsOutput
 from qnext.model.batch import ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
+from qnext.runtime.random_bits import Purpose
 
 # Hidden rows that may wait for the draft layer, a sequence, before they are worked off.
 MAX_PENDING_ROWS = 2048
@@ -162,7 +164,7 @@ class ModelRunner:
                 earlier = drafts[i].token_ids
                 chosen = choose_token(requests[i], logits, row_of[i], Purpose.DRAFT, earlier)
                 drafts[i].token_ids = [*earlier, chosen[0]]
-                drafts[i].probs.append(chosen[1])
+                drafts[i].choices.append(chosen[1])
             wanted = [i for i in wanted if num_drafts[i] > depth + 1]
             if not wanted:
                 break
@@ -176,58 +178,78 @@ class ModelRunner:
         return drafts
 
     @torch.inference_mode()
-    def forward_windows(
-        self,
-        windows: Sequence[SequenceRows],
-        max_steps: int = 1,
-        end_token_ids: Sequence[int] = (),
-    ) -> tuple[Tensor, TensorRows, int]:
+    def forward_windows(self, windows: Sequence[SequenceRows]) -> tuple[Tensor, TensorRows]:
         """Run one window of each sequence; states wait for `commit`.
 
-        Args:
-            max_steps: more than 1 lets windows of one row go on with the best token, if a kernel
-                can, until one of end_token_ids was best. All but the last step are committed then.
-
         Returns:
-            Hidden rows, step after step [steps * T, C]; their logits, of which those of earlier
-            steps know their largest alone; how many steps were taken.
+            Hidden rows [T, C]; their logits.
         """
         if self._fused is not None:
-            out = self._fused.window(windows, max_steps, end_token_ids)
-            return out.hidden, TensorRows(out.logits, out.best), out.num_steps
+            out = self._fused.window(windows)
+            return out.hidden, TensorRows(out.logits, out.best)
         hidden = self.model(self._batch(windows, is_window=True), self.cache)
-        return hidden, self._logits(hidden), 1
+        return hidden, self._logits(hidden)
 
     @torch.inference_mode()
     def commit(
-        self,
-        windows: Sequence[SequenceRows],
-        num_rows: Sequence[int],
-        hidden: Tensor,
-        num_steps: int = 1,
+        self, windows: Sequence[SequenceRows], num_rows: Sequence[int], hidden: Tensor
     ) -> None:
         """Make the first rows of each window part of its sequence; the others never happened.
 
         Args:
             num_rows: rows to keep for each window, at least 1.
-            hidden, num_steps: what `forward_windows` returned.
+            hidden: what `forward_windows` returned.
         """
         slots = tuple(state_slot(window.request) for window in windows)
         (self._fused or self.cache).commit(slots, tuple(num_rows))
-        if num_steps > 1:
-            by_sequence = hidden.view(num_steps, len(windows), -1).unbind(1)
-            for window, rows in zip(windows, by_sequence, strict=True):
-                window.request.num_computed += num_steps
-                # An answer that ended on the way has fewer tokens, and no more drafts.
-                if self.keeps_hidden and window.request.finish_reason is None:
-                    self._keep(window.request, rows)
-            return
         first_row = 0
         for window, kept in zip(windows, num_rows, strict=True):
             window.request.num_computed += kept
             if self.keeps_hidden:
                 self._keep(window.request, hidden[first_row : first_row + kept])
             first_row += len(window.token_ids)
+
+    @torch.inference_mode()
+    def take_rounds(
+        self,
+        requests: Sequence[Request],
+        num_drafts: int,
+        max_rounds: int,
+        end_token_ids: Sequence[int],
+    ) -> RoundsOutput | None:
+        """Draft, verify and decide inside a kernel, round after round, if one can.
+
+        Args:
+            requests: sequences whose known tokens, all but the last, are in the cache.
+            num_drafts: of each in a round, 0 for plain steps.
+            max_rounds: rounds at most; the sequences have pages for all of them.
+            end_token_ids: no round is taken after one that decided one of these.
+
+        Returns:
+            What was decided, committed already, for `keep_rounds`; None if no kernel can.
+        """
+        if self._fused is None:
+            return None
+        windows = [SequenceRows(r, r.token_ids[-1:], r.num_computed) for r in requests]
+        if not self._fused.can_take_rounds(windows):
+            return None
+        draft_rows = self._step_zero_rows(requests) if num_drafts else None
+        return self._fused.take_rounds(windows, draft_rows, num_drafts, max_rounds, end_token_ids)
+
+    @torch.inference_mode()
+    def keep_rounds(self, requests: Sequence[Request], out: RoundsOutput, num_drafts: int) -> None:
+        """Note what `take_rounds` decided, once the requests have their tokens."""
+        for n, request in enumerate(requests):
+            counts = [len(decided[n]) for decided in out.token_ids]
+            start, request.num_computed = request.num_computed, request.num_computed + sum(counts)
+            # An answer that ended on the way has fewer tokens, and no more drafts.
+            if not self.keeps_hidden or request.finish_reason is not None:
+                continue
+            if num_drafts:
+                self._pending[request.request_id].start = start + sum(counts[:-1])
+                self._keep(request, out.hidden[n, : counts[-1]])
+            else:
+                self._keep(request, out.hidden[:, n])
 
     def settle(self) -> None:
         """Take accepted rows into the cache's states now, which windows may put off."""

@@ -1,54 +1,19 @@
-"""From a row of logits to a token: penalties, temperature, cuts, log-probabilities, random numbers.
+"""What a request changes about a row of logits and asks to know of it.
 
-Everything works on one row at a time in float64, so a row's outcome does not depend on the rows
-beside it. Random numbers are a function of (seed, position, purpose) and of nothing else.
+Everything works on one row at a time, so a row's outcome does not depend on the rows beside it.
 """
 
-import hashlib
-import struct
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qnext.engine.request import Logprob, SamplingParams
+from qnext.kernels.decide_token.reference import Cuts, Draws
+from qnext.runtime.random_bits import Purpose, uniform
 
 FloatArray = NDArray[np.float64]  # [W]
 LogitsRow = NDArray[np.float32]  # [W]
-
-
-class Purpose(IntEnum):
-    """What a random number decides; two purposes never share one."""
-
-    TARGET = 0  # a token from the main model's distribution
-    DRAFT = 1  # a token from the draft's distribution
-    ACCEPT = 2  # whether a draft is accepted
-    RESIDUAL = 3  # the token in a rejected draft's place
-    REQUEST_SEED = 4  # the seed of a request that came without one
-
-
-def random_bits(seed: int, position: int, purpose: Purpose) -> int:
-    """64 random bits named by three numbers, the same on every machine.
-
-    Counter-based generators such as Philox are this function too; hashing is faster from Python.
-
-    Args:
-        seed: 0 to 2^64 - 1.
-        position: place in the sequence of the token that is decided.
-    """
-    name = struct.pack("<QQQ", seed, position, purpose)
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-
-
-def uniform(seed: int, position: int, purpose: Purpose) -> float:
-    """A number in [0, 1) with 53 random bits, named like `random_bits`."""
-    return (random_bits(seed, position, purpose) >> 11) * 2.0**-53
-
-
-def request_seed(engine_seed: int, request_idx: int) -> int:
-    """Seed of the request_idx-th request that brings none of its own."""
-    return random_bits(engine_seed, request_idx, Purpose.REQUEST_SEED)
 
 
 def penalized_logits(
@@ -84,79 +49,20 @@ def penalized_logits(
     return penalized
 
 
-def transformed_probs(logits: FloatArray, params: SamplingParams) -> FloatArray:
-    """The distribution that a token is drawn from: temperature, min_p, top_k, top_p, in this order.
-
-    Among equal values at a cut the lowest ids stay.
-
-    Args:
-        logits: after the penalties. [W]
-
-    Returns:
-        Probabilities that sum to 1. [W]
-    """
-    size = logits.size
+def cuts_of(params: SamplingParams) -> Cuts | None:
+    """How tokens are drawn; None takes the best."""
     if params.is_greedy:
-        probs = np.zeros_like(logits)
-        probs[int(logits.argmax())] = 1.0
-        return probs
-    ids = None
-    if 0 < params.top_k < logits.size:
-        ids = _largest_ids(logits, params.top_k)
-        logits = logits[ids]
-    weights = np.exp((logits - logits.max()) / params.temperature)  # the largest is 1
-    if params.min_p > 0.0:
-        weights[weights < params.min_p] = 0.0
-    if params.top_p < 1.0:
-        _cut_top_p(weights, params.top_p)
-    weights /= weights.sum()
-    if ids is None:
-        return weights
-    probs = np.zeros(size)
-    probs[ids] = weights
-    return probs
+        return None
+    return Cuts(params.temperature, max(params.top_k, 0), params.top_p, params.min_p)
 
 
-def _largest_ids(values: FloatArray, count: int) -> NDArray[np.int64]:
-    """Indices of the largest values, ascending; the lowest indices among equals at the cut."""
-    smallest = np.partition(values, -count)[-count]
-    larger = np.flatnonzero(values > smallest)
-    equal = np.flatnonzero(values == smallest)[: count - larger.size]
-    return np.sort(np.concatenate([larger, equal]))
-
-
-def _cut_top_p(weights: FloatArray, top_p: float) -> None:
-    """Zero all but the fewest largest weights that reach the share top_p of the sum, in place."""
-    goal = top_p * weights.sum()
-    # Weights up to the missing share divided by their number cannot fill it, so the cut lies among
-    # the larger ones: those few are sorted instead of a vocabulary.
-    bound = (1.0 - 1e-9) * (1.0 - top_p) * weights.sum() / weights.size
-    descending = np.sort(weights[weights > bound])[::-1]
-    num_kept = int(np.searchsorted(np.cumsum(descending), goal)) + 1
-    num_kept = min(num_kept, descending.size)
-    _keep_largest(weights, descending[num_kept - 1], num_kept)
-
-
-def _keep_largest(weights: FloatArray, smallest: float, num_kept: int) -> None:
-    """Zero all but the num_kept largest in place; `smallest` is the least of them."""
-    equal = np.flatnonzero(weights == smallest)
-    num_larger = int(np.count_nonzero(weights > smallest))
-    weights[weights < smallest] = 0.0
-    weights[equal[num_kept - num_larger :]] = 0.0
-
-
-def sample(probs: FloatArray, u: float) -> int:
-    """The token whose share of the unit interval holds u; never one of probability 0.
-
-    Args:
-        probs: non-negative, of any positive sum. [W]
-        u: in [0, 1).
-    """
-    reached = np.cumsum(probs)
-    token_id = int(np.searchsorted(reached, u * reached[-1], side="right"))
-    if token_id == probs.size:  # u * sum rounded up to the sum
-        token_id = int(np.flatnonzero(probs)[-1])
-    return token_id
+def draws_at(seed: int, position: int, purpose: Purpose) -> Draws:
+    """Random numbers of the token at a position, drawn for TARGET or DRAFT."""
+    return Draws(
+        token=uniform(seed, position, purpose),
+        accept=uniform(seed, position, Purpose.ACCEPT),
+        residual=uniform(seed, position, Purpose.RESIDUAL),
+    )
 
 
 def raw_logprobs(logits: LogitsRow, token_id: int, num_largest: int) -> dict[int, Logprob]:

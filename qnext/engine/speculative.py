@@ -1,9 +1,6 @@
 """Verification of drafted tokens without changing what is generated, and the choice of how many.
 
-Greedy: a draft stands if it is the argmax. Sampled: a draft d drawn from q stands with probability
-min(1, p(d) / q(d)), else the token comes from norm(max(p - q, 0)); the result is distributed as p.
-
-Source: Fast Inference from Transformers via Speculative Decoding, https://arxiv.org/abs/2211.17192
+Greedy: a draft stands if it is the argmax. Sampled: see `kernels/decide_token/reference.py`.
 """
 
 from collections import deque
@@ -14,15 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from qnext.engine.request import Request
-from qnext.engine.sampler import (
-    FloatArray,
-    LogitsRow,
-    Purpose,
-    penalized_logits,
-    sample,
-    transformed_probs,
-    uniform,
-)
+from qnext.engine.sampler import LogitsRow, cuts_of, draws_at, penalized_logits
+from qnext.kernels import dispatch
+from qnext.kernels.decide_token.reference import Choice
+from qnext.runtime.random_bits import Purpose
 
 
 class LogitsRows(Protocol):
@@ -39,10 +31,10 @@ class LogitsRows(Protocol):
 
 @dataclass
 class Drafts:
-    """Tokens drafted for one sequence, and the distributions they were drawn from."""
+    """Tokens drafted for one sequence, and how they were drawn."""
 
     token_ids: list[int] = field(default_factory=list)
-    probs: list[FloatArray | None] = field(default_factory=list)  # [W] each; None when greedy
+    choices: list[Choice | None] = field(default_factory=list)  # None when greedy
 
 
 @dataclass(frozen=True)
@@ -54,16 +46,25 @@ class VerifiedWindow:
 
 
 def choose_token(
-    request: Request, rows: LogitsRows, row_idx: int, purpose: Purpose, window_ids: Sequence[int]
-) -> tuple[int, FloatArray | None]:
+    request: Request,
+    rows: LogitsRows,
+    row_idx: int,
+    purpose: Purpose,
+    window_ids: Sequence[int],
+    draft: Choice | None = None,
+) -> tuple[int, Choice | None]:
     """Decide one token from one row.
 
     Args:
         purpose: TARGET or DRAFT; names the random number.
         window_ids: drafts between the request's last token and the one decided here.
+        draft: a sampled draft to test; the token is its own if it stands.
 
     Returns:
-        The token; the distribution it was drawn from, None when greedy.
+        The token; how it was drawn, None when greedy.
+
+    Raises:
+        ValueError: the logits are not numbers.
     """
     params = request.params
     if params.is_greedy and not params.has_penalties:
@@ -71,11 +72,15 @@ def choose_token(
     logits = penalized_logits(
         rows.row(row_idx), params, request.prompt_id_set, request.output_counts, window_ids
     )
-    if params.is_greedy:
+    cuts = cuts_of(params)
+    if cuts is None:
         return int(logits.argmax()), None
-    probs = transformed_probs(logits, params)
     position = request.num_tokens + len(window_ids)
-    return sample(probs, uniform(request.seed, position, purpose)), probs
+    draws = draws_at(request.seed, position, purpose)
+    choice: Choice = dispatch.decide_token(logits, cuts, draws, draft)
+    if choice.token_id < 0:
+        raise ValueError("the logits are not numbers: the model's weights hold NaN or infinities")
+    return choice.token_id, choice
 
 
 def verify_window(
@@ -86,54 +91,17 @@ def verify_window(
     Args:
         rows: logits of the main model; row first_row_idx + j follows the j-th draft.
     """
-    for depth, draft_id in enumerate(drafts.token_ids):
-        earlier = drafts.token_ids[:depth]
+    decided: list[int] = []
+    pairs = zip(drafts.token_ids, drafts.choices, strict=True)
+    for depth, (draft_id, choice) in enumerate(pairs):
         row_idx = first_row_idx + depth
-        draft_probs = drafts.probs[depth]
-        if draft_probs is None:
-            token_id, _ = choose_token(request, rows, row_idx, Purpose.TARGET, earlier)
-            if token_id != draft_id:
-                return VerifiedWindow([*earlier, token_id], depth)
-            continue
-        replacement = _test_sampled_draft(
-            request, draft_id, draft_probs, rows.row(row_idx), earlier
-        )
-        if replacement is not None:
-            return VerifiedWindow([*earlier, replacement], depth)
-    num_drafts = len(drafts.token_ids)
-    last_row_idx = first_row_idx + num_drafts
-    token_id, _ = choose_token(request, rows, last_row_idx, Purpose.TARGET, drafts.token_ids)
-    return VerifiedWindow([*drafts.token_ids, token_id], num_drafts)
-
-
-def _test_sampled_draft(
-    request: Request,
-    draft_id: int,
-    draft_probs: FloatArray,
-    logits: LogitsRow,
-    earlier: Sequence[int],
-) -> int | None:
-    """None when the draft is accepted, else the token in its place."""
-    penalized = penalized_logits(
-        logits, request.params, request.prompt_id_set, request.output_counts, earlier
-    )
-    target_probs = transformed_probs(penalized, request.params)
-    position = request.num_tokens + len(earlier)
-    u = uniform(request.seed, position, Purpose.ACCEPT)
-    if u * draft_probs[draft_id] < target_probs[draft_id]:
-        return None
-    u = uniform(request.seed, position, Purpose.RESIDUAL)
-    return sample(residual_probs(target_probs, draft_probs), u)
-
-
-def residual_probs(target_probs: FloatArray, draft_probs: FloatArray) -> FloatArray:
-    """What the target has more of than the draft, not normalised. [W]
-
-    A rejection means that some token has more, so the sum is positive; rounding alone can make it
-    zero for equal distributions, and then the target itself is right.
-    """
-    residual = np.maximum(target_probs - draft_probs, 0.0)
-    return residual if residual.any() else target_probs
+        token_id, _ = choose_token(request, rows, row_idx, Purpose.TARGET, decided, choice)
+        decided.append(token_id)
+        if token_id != draft_id:
+            return VerifiedWindow(decided, depth)
+    row_idx = first_row_idx + len(decided)
+    token_id, _ = choose_token(request, rows, row_idx, Purpose.TARGET, decided)
+    return VerifiedWindow([*decided, token_id], len(decided))
 
 
 class FixedSpeculation:
@@ -142,6 +110,8 @@ class FixedSpeculation:
     def __init__(self, num_drafts: int) -> None:
         self.max_drafts = num_drafts
         self.is_drafting = num_drafts > 0
+
+    is_trying = False
 
     def choose(self, num_seqs: int) -> int:
         """Drafts for each sequence in the next step."""
@@ -193,6 +163,11 @@ class AutoSpeculation:
     def is_drafting(self) -> bool:
         """Whether drafts are being made, so that the draft layer's cache should keep up."""
         return self._best > 0 or bool(self._first_steps)
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether the next step is a trial, to be timed by itself."""
+        return bool(self._first_steps or self._probe)
 
     def choose(self, num_seqs: int) -> int:
         """Drafts for each sequence in the next step."""

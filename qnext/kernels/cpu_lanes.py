@@ -118,6 +118,7 @@ def _address_as(dtype: Any) -> Any:
 # An address as a pointer to elements of one type; bfloat16 goes as its bits.
 floats_at, ints_at = _address_as(types.float32), _address_as(types.int64)
 bfloats_at, bytes_at = _address_as(types.uint16), _address_as(types.int8)
+doubles_at, words_at = _address_as(types.float64), _address_as(types.uint64)
 
 
 def cache_folder() -> str:

@@ -18,6 +18,7 @@ from qnext.kernels.attention import torch as attention_torch_module
 from qnext.kernels.attention.reference import attention_reference
 from qnext.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_reference
+from qnext.kernels.decide_token.reference import decide_token_reference
 from qnext.kernels.decode_step.reference import decode_step_reference
 from qnext.kernels.experts import torch as experts_torch_module
 from qnext.kernels.experts.reference import experts_reference
@@ -86,23 +87,33 @@ class Op:
         Raises:
             ValueError: the backend named for this op cannot run these inputs.
         """
+        kernel = self._choose(*args, **kwargs)
+        return (self.reference if kernel is None else kernel.function)(*args, **kwargs)
+
+    def backend_for(self, *args: Any, **kwargs: Any) -> str:
+        """Name of the backend that a call with these inputs runs on; raises as the call would."""
+        kernel = self._choose(*args, **kwargs)
+        return "reference" if kernel is None else kernel.backend
+
+    def backends(self) -> tuple[str, ...]:
+        """Backends that have this op, fastest first."""
+        return (*(kernel.backend for kernel in self.kernels), "reference")
+
+    def _choose(self, *args: Any, **kwargs: Any) -> Kernel | None:
+        """The kernel to run, None for the reference."""
         named = _named.get(self.name) or _named.get("*")
         if named == "reference":
-            return self.reference(*args, **kwargs)
+            return None
         for kernel in self.kernels:
             if named is not None and kernel.backend != named:
                 continue
             reason = kernel.supports(*args, **kwargs)
             if reason is None:
-                return kernel.function(*args, **kwargs)
+                return kernel
             if self.name in _named:
                 raise ValueError(f"{self.name}: backend {named} cannot run: {reason}")
             self._warn(kernel.backend, reason)
-        return self.reference(*args, **kwargs)
-
-    def backends(self) -> tuple[str, ...]:
-        """Backends that have this op, fastest first."""
-        return (*(kernel.backend for kernel in self.kernels), "reference")
+        return None
 
     def _warn(self, backend: str, reason: str) -> None:
         if (self.name, reason) in _warned or torch.compiler.is_compiling():
@@ -115,14 +126,16 @@ def _torch_kernel(module: Any, name: str, serves: str = "all devices") -> tuple[
     return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports, serves),)
 
 
-def _numba_kernel(name: str, serves: str = "windows on a CPU, fp32 rows") -> Kernel:
+def _numba_kernel(
+    name: str, serves: str = "windows on a CPU, fp32 rows", takes_tensors: bool = True
+) -> Kernel:
     """A kernel whose module, and Numba with it, is loaded when a CPU first needs it."""
     module = f"qnext.kernels.{name}.numba"
 
     def supports(*args: Any, **kwargs: Any) -> str | None:
         if torch.compiler.is_compiling():
             return "inside a compiled graph"
-        if torch.is_grad_enabled():
+        if takes_tensors and torch.is_grad_enabled():
             return "it has no gradient, and gradients are on"
         reason: str | None = import_module(module).supports(*args, **kwargs)
         return reason
@@ -130,7 +143,8 @@ def _numba_kernel(name: str, serves: str = "windows on a CPU, fp32 rows") -> Ker
     def function(*args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(module), f"{name}_numba")(*args, **kwargs)
 
-    return Kernel("numba", function, supports, serves, _numba_objection)
+    objection = _numba_objection if takes_tensors else lambda: None
+    return Kernel("numba", function, supports, serves, objection)
 
 
 def _numba_objection() -> str | None:
@@ -154,6 +168,11 @@ linear = Op(
         _numba_kernel("linear", "fp32 rows on a CPU: windows, and prefill with bf16 weights"),
         *_torch_kernel(linear_torch_module, "linear"),
     ),
+)
+decide_token = Op(
+    "decide_token",
+    decide_token_reference,
+    (_numba_kernel("decide_token", "rows on the host", False),),
 )
 decode_step = Op("decode_step", decode_step_reference, (_numba_kernel("decode_step"),))
 linear_cross_entropy = Op(

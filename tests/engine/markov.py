@@ -7,7 +7,8 @@ import torch
 from scipy import stats
 
 from qnext.engine.request import SamplingParams
-from qnext.engine.sampler import penalized_logits, transformed_probs
+from qnext.engine.sampler import cuts_of, penalized_logits
+from qnext.kernels.decide_token.reference import token_weights
 from tests.engine.tiny import tiny_config
 
 
@@ -52,7 +53,8 @@ def exact_distribution(
             row = penalized_logits(
                 model.target[last].numpy(), params, frozenset(prompt), counts, []
             )
-            probability *= transformed_probs(row, params)[token_id]
+            weights = token_weights(row, cuts_of(params))
+            probability *= weights[token_id] / weights.sum()
         if probability > 0:
             found[answer] = probability
     return found

@@ -5,7 +5,14 @@ import torch
 
 from qnext.engine.request import SamplingParams
 from qnext.engine.speculative import Drafts
-from tests.engine.tiny import greedy, id_prompts, tiny_llm, tiny_model, token_ids
+from tests.engine.tiny import (
+    greedy,
+    id_prompts,
+    step_by_step,
+    tiny_llm,
+    tiny_model,
+    token_ids,
+)
 
 BACKENDS = ("numba", "torch", "reference")
 
@@ -206,7 +213,7 @@ def test_a_rejection_leaves_no_trace_in_the_cache(model, prompts, alone, kind):
             ids = [i if idx < num_right else (i + 1) % 96 for idx, i in enumerate(right)]
             return [Drafts(ids, [None] * len(ids))]
 
-        drafting.engine.runner.draft = draft
+        step_by_step(drafting).engine.runner.draft = draft
     drafted = cache_after(drafting, prompt, 18)
     assert drafting.engine.metrics.num_accepted_tokens < drafting.engine.metrics.num_draft_tokens
     assert drafted.pop("num_computed") == plain.pop("num_computed") == len(answer) + 5 - 1
@@ -215,7 +222,7 @@ def test_a_rejection_leaves_no_trace_in_the_cache(model, prompts, alone, kind):
 
 
 def test_drafts_are_what_mtp_logits_give(model, prompts):
-    llm = tiny_llm(model, num_speculative_tokens=3)
+    llm = step_by_step(tiny_llm(model, num_speculative_tokens=3))
     seen = []
     draft = llm.engine.runner.draft
 
@@ -233,6 +240,43 @@ def test_drafts_are_what_mtp_logits_give(model, prompts):
         for depth, token_id in enumerate(drafted):
             gap = logits[depth].max() - logits[depth, token_id]
             assert gap < 1e-3 * logits[depth].abs().max()
+
+
+SAMPLED = {"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, {"min_p": 0.2}
+
+
+@pytest.mark.parametrize("num_drafts", [0, 1, 3])
+@pytest.mark.parametrize("count", [1, 4])
+def test_rounds_in_a_kernel_decide_what_python_decides(
+    model, prompts, monkeypatch, num_drafts, count
+):
+    """Bit for bit: greedy and sampled texts, drafts tested, alone and in company."""
+    from qnext.engine import engine
+
+    params = [greedy(40), *(SamplingParams(max_tokens=40, **options) for options in SAMPLED)]
+    found = []
+    for ahead_seconds in (None, 0.0, 10.0):
+        monkeypatch.setattr(engine, "AHEAD_SECONDS", ahead_seconds or 0.0)
+        llm = tiny_llm(model, max_num_seqs=count, num_speculative_tokens=num_drafts)
+        if ahead_seconds is None:
+            step_by_step(llm)
+        found.append(token_ids(llm.generate(prompts[:4], params)))
+        if num_drafts:
+            assert 0.1 < llm.engine.metrics.acceptance_rate < 0.95, "both outcomes must occur"
+    assert found[0] == found[1] == found[2]
+
+
+def test_sampled_tokens_are_the_same_in_any_company(model, prompts):
+    params = [SamplingParams(max_tokens=20, seed=n, top_p=0.9) for n in range(len(prompts))]
+    penalized = SamplingParams(max_tokens=20, seed=99, repetition_penalty=1.1, logprobs=1)
+    alone = [
+        token_ids(tiny_llm(model, num_speculative_tokens=2).generate([prompt], [one]))[0]
+        for prompt, one in zip(prompts, params, strict=True)
+    ]
+    # The last of these keeps its company from being decided in a kernel.
+    llm = tiny_llm(model, max_num_seqs=8, num_speculative_tokens=2)
+    together = token_ids(llm.generate([*prompts, prompts[0]], [*params, penalized]))
+    assert together[:-1] == alone
 
 
 @pytest.mark.parametrize("ahead_seconds", [0.0, 0.004])
@@ -271,11 +315,11 @@ def test_steps_that_go_on_by_themselves_end_where_an_answer_ends(
         monkeypatch.setattr(engine, "AHEAD_SECONDS", ahead_seconds)
         llm = tiny_llm(model, num_speculative_tokens=0)
         calls = []
-        forward = llm.engine.runner.forward_windows
+        take = llm.engine.runner.take_rounds
         monkeypatch.setattr(
             llm.engine.runner,
-            "forward_windows",
-            lambda *args, forward=forward, calls=calls: calls.append(forward(*args)) or calls[-1],
+            "take_rounds",
+            lambda *args, take=take, calls=calls: calls.append(take(*args)) or calls[-1],
         )
         outputs = [
             output.outputs[0]
@@ -283,7 +327,6 @@ def test_steps_that_go_on_by_themselves_end_where_an_answer_ends(
             for output in llm.generate([prompts[i] for i in range(len(group))], group)
         ]
         found.append([(o.token_ids, o.finish_reason, o.stop_reason) for o in outputs])
-        longest = max(num_steps for _, _, num_steps in calls)
+        longest = max(len(out.token_ids) if out else 0 for out in calls)
         assert (longest > 4) == (backend == "numba" and ahead_seconds > 0)
-        assert llm.engine.metrics.num_decode_steps == sum(steps for _, _, steps in calls)
     assert found[0] == found[1]

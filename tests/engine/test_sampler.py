@@ -6,21 +6,16 @@ import numpy as np
 import pytest
 
 from qnext.engine.request import SamplingParams
-from qnext.engine.sampler import (
-    Purpose,
-    penalized_logits,
-    raw_logprobs,
-    request_seed,
-    sample,
-    transformed_probs,
-    uniform,
-)
+from qnext.engine.sampler import cuts_of, penalized_logits, raw_logprobs
+from qnext.kernels.decide_token.reference import pick, residual_weights, token_weights
+from qnext.runtime.random_bits import Purpose, request_seed, uniform
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.05, 0.25], np.float32))
 
 
 def probs_with(**options) -> np.ndarray:
-    return transformed_probs(LOGITS.astype(np.float64), SamplingParams(**options))
+    weights = token_weights(LOGITS, cuts_of(SamplingParams(**options)))
+    return weights / weights.sum()
 
 
 def test_without_transforms_the_distribution_is_the_softmax():
@@ -32,8 +27,8 @@ def test_temperature_divides_the_logits():
     np.testing.assert_allclose(probs_with(temperature=0.5), expected / expected.sum(), rtol=1e-6)
 
 
-def test_temperature_zero_takes_the_largest():
-    np.testing.assert_array_equal(probs_with(temperature=0.0), [0, 1, 0, 0, 0])
+def test_temperature_zero_draws_nothing():
+    assert cuts_of(SamplingParams(temperature=0.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -58,10 +53,9 @@ def test_cuts_keep_the_right_tokens_and_their_proportions(options, kept):
 
 def test_equal_values_at_a_cut_keep_the_lowest_ids():
     logits = np.zeros(6)
-    params = SamplingParams(top_k=2)
-    assert np.flatnonzero(transformed_probs(logits, params)).tolist() == [0, 1]
-    params = SamplingParams(top_p=0.4)
-    assert np.flatnonzero(transformed_probs(logits, params)).tolist() == [0, 1, 2]
+    for options, kept in (({"top_k": 2}, [0, 1]), ({"top_p": 0.4}, [0, 1, 2])):
+        weights = token_weights(logits, cuts_of(SamplingParams(**options)))
+        assert np.flatnonzero(weights).tolist() == kept
 
 
 def test_penalties_follow_their_definitions():
@@ -77,11 +71,18 @@ def test_penalties_follow_their_definitions():
 
 def test_a_token_is_drawn_by_its_share_and_never_at_probability_zero():
     probs = np.array([0.0, 0.5, 0.0, 0.5, 0.0])
-    assert sample(probs, 0.0) == 1
-    assert sample(probs, 0.49) == 1
-    assert sample(probs, 0.5) == 3
-    assert sample(probs, np.nextafter(1.0, 0.0)) == 3
-    assert sample(np.full(3, 1e-320), np.nextafter(1.0, 0.0)) == 2
+    assert pick(probs, 0.0) == 1
+    assert pick(probs, 0.49) == 1
+    assert pick(probs, 0.5) == 3
+    assert pick(probs, np.nextafter(1.0, 0.0)) == 3
+    assert pick(np.full(3, 1e-320), np.nextafter(1.0, 0.0)) == 2
+
+
+def test_the_residual_of_equal_distributions_is_the_target():
+    probs = np.array([0.25, 0.75])
+    np.testing.assert_array_equal(residual_weights(probs, probs), probs)
+    residual = residual_weights(probs, np.array([0.5, 0.5]))
+    np.testing.assert_array_equal(residual, [0.0, 0.25])
 
 
 def test_random_numbers_are_named_by_seed_position_and_purpose():

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from qnext.engine import speculative
 from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
 from qnext.engine.speculative import AutoSpeculation
+from qnext.kernels.decide_token import reference
+from qnext.kernels.dispatch import use_backend
 from tests.engine.markov import MarkovModel, chi_square_p_value, exact_distribution
 from tests.engine.tiny import tiny_model
 
@@ -62,10 +63,11 @@ def test_transforms_and_penalties_hold_at_every_place_of_the_window(options):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_test_notices_a_residual_replaced_by_the_target(monkeypatch, seed):
-    monkeypatch.setattr(speculative, "residual_probs", lambda target, draft: target)
+    monkeypatch.setattr(reference, "residual_weights", lambda target, draft: target)
     model = MarkovModel(VOCAB_SIZE, seed=23)
     params = SamplingParams(max_tokens=NUM_TOKENS)
-    answers, _ = sampled_answers(model, params, seed)
+    with use_backend("reference", op="decide_token"):
+        answers, _ = sampled_answers(model, params, seed)
     expected = exact_distribution(model, PROMPT, params, NUM_TOKENS)
     assert chi_square_p_value(answers, expected) < 1e-3
 
@@ -75,13 +77,6 @@ def test_a_draft_like_the_target_is_always_accepted():
     model.draft = model.target
     _, llm = sampled_answers(model, SamplingParams(max_tokens=NUM_TOKENS), seed=0, count=50)
     assert llm.engine.metrics.acceptance_rate == 1.0
-
-
-def test_the_residual_of_equal_distributions_is_the_target():
-    probs = np.array([0.25, 0.75])
-    np.testing.assert_array_equal(speculative.residual_probs(probs, probs), probs)
-    residual = speculative.residual_probs(probs, np.array([0.5, 0.5]))
-    np.testing.assert_array_equal(residual, [0.0, 0.25])
 
 
 def simulated_speed(policy, costs, acceptance, num_steps, rng, num_seqs=1):

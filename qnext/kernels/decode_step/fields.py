@@ -96,9 +96,22 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     # The rows of this call.
     NUM_ROWS,
     NUM_SEQS,
-    MAX_STEPS,  # steps to take, one row a sequence, each from the token found best before
-    NUM_STEPS,  # steps taken
-    END_IDS,  # int64: tokens after which no further step is taken
+    # Rounds that a call takes by itself, of drafts and their verification, or of a plain step.
+    MAX_STEPS,  # rounds at most
+    NUM_STEPS,  # rounds taken
+    NUM_DRAFTS,  # of each sequence in each round, D; a window then has Q = D + 1 rows
+    DRAFT_TABLE,  # table of the draft's step
+    SEEDS,  # uint64 [N]
+    CUTS,  # float64 [N, 4]: temperature (0 takes the best token), top_k, top_p, min_p
+    LAST_IDS,  # int64 [N]: the token that each sequence goes on from
+    DRAFT_IDS,  # int64 [N, D]
+    DRAFT_WEIGHTS,  # fp32 [N, D, W]: what sampled drafts were drawn from
+    DRAFT_TOTALS,  # float64 [N, D]
+    TARGET_WEIGHTS,  # fp32 [threads, W]
+    DECIDE_ROOM,  # float64, for each thread
+    DECIDED,  # int64 [rounds, N, Q]: the drafts that stand, then one token more; -1: no number
+    COUNTS,  # int64 [rounds, N]: how many were decided
+    END_IDS,  # int64: tokens after which no further round is taken
     NUM_END_IDS,
     NUM_SCORED,  # rows that get logits
     SCORED,  # which. int64
@@ -110,9 +123,9 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     PAGES,  # int64 [N, PAGES_WIDTH]
     PAGES_WIDTH,
     # Results.
-    HIDDEN,  # fp32 [steps, T, C]
+    HIDDEN,  # fp32 [T, C]; of rounds without drafts [rounds, T, C]
     LOGITS,  # fp32 [NUM_SCORED, W]
-    BEST,  # int64 [steps, NUM_SCORED]: the lowest id of the largest logit, -1 if none is a number
+    BEST,  # int64 [NUM_SCORED]: the lowest id of the largest logit, -1 if none is a number
     # Room to work in. A row stride is the size rounded up to whole vectors.
     IDENTITY,  # int64: 0, 1, 2, ...
     X,  # residual rows
@@ -140,6 +153,7 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     STRIDE_I,
     STRIDE_SCORES,
     STRIDE_ROUTES,
+    STRIDE_DECIDE,
     MAX_ROWS,
     NUM_FIELDS,
-) = range(99)
+) = range(112)

@@ -195,36 +195,15 @@ def _head(t: Any, arranged: Any) -> None:
 
 
 @inner
-def _merge_best(t: Any, step: Any) -> None:
+def best_of(t: Any, i: Any) -> Any:
     """The best of all threads; they hold ascending parts, so the first of equals is the lowest."""
     values, ids = floats_at(t[F.BEST_VALUES]), ints_at(t[F.BEST_IDS])
-    best = offset(ints_at(t[F.BEST]), step * t[F.NUM_SCORED])
-    for i in range(t[F.NUM_SCORED]):
-        top, best[i] = _NONE, -1
-        for thread in range(team_size()):
-            place = thread * t[F.MAX_ROWS] + i
-            if ids[place] >= 0 and (best[i] < 0 or values[place] > top):
-                top, best[i] = values[place], ids[place]
-
-
-@inner
-def _go_on(t: Any, step: Any) -> None:
-    """Make the tokens found best the rows of the next step, unless one of them ends its text."""
-    best, end_ids = offset(ints_at(t[F.BEST]), step * t[F.NUM_SEQS]), ints_at(t[F.END_IDS])
-    ids, contexts = ints_at(t[F.TOKEN_IDS]), ints_at(t[F.CONTEXTS])
-    pending, slots = ints_at(t[F.PENDING]), ints_at(t[F.SLOTS])
-    for n in range(t[F.NUM_SEQS]):
-        if best[n] < 0:
-            return
-        for i in range(t[F.NUM_END_IDS]):
-            if best[n] == end_ids[i]:
-                return
-    for n in range(t[F.NUM_SEQS]):
-        ids[n] = best[n]
-        contexts[n] += 1
-        if t[F.HOLDS_STATES]:
-            pending[slots[n]] = 1
-    t[F.NUM_STEPS] = step + 2
+    top, best = _NONE, -1
+    for thread in range(team_size()):
+        place = thread * t[F.MAX_ROWS] + i
+        if ids[place] >= 0 and (best < 0 or values[place] > top):
+            top, best = values[place], ids[place]
+    return best
 
 
 def _one_step(t: Any, step: Any, normed: Any, arranged: Any) -> None:
@@ -255,21 +234,23 @@ def _one_step(t: Any, step: Any, normed: Any, arranged: Any) -> None:
 ONE_STEP = CompiledFunction(_one_step, types.void(Table, types.int64, Floats, Floats))
 
 
+@inner
+def workplaces(t: Any) -> Any:
+    """This thread's copies of the normed rows, plain and laid out for products."""
+    place = thread_idx() * t[F.MAX_ROWS] * t[F.STRIDE_C]
+    return offset(floats_at(t[F.NORMED]), place), _workplace(t)
+
+
 @TeamKernel
 def run_step(t: Any) -> None:
-    """A step with weights of any kind, or several of one row each. t: table of `fields`"""
-    team = ints_at(t[F.TEAM])
-    normed = offset(floats_at(t[F.NORMED]), thread_idx() * t[F.MAX_ROWS] * t[F.STRIDE_C])
-    arranged = _workplace(t)
-    step = 0
-    while step < t[F.NUM_STEPS]:
-        call_at(t[F.ONE_STEP], t, step, normed, arranged)
-        if thread_idx() == 0:
-            _merge_best(t, step)
+    """A step with weights of any kind. t: table of `fields`"""
+    normed, arranged = workplaces(t)
+    call_at(t[F.ONE_STEP], t, 0, normed, arranged)
+    if thread_idx() == 0:
+        best = ints_at(t[F.BEST])
+        for i in range(t[F.NUM_SCORED]):
+            best[i] = best_of(t, i)
+        if t[F.HOLDS_STATES]:
             pending, slots = ints_at(t[F.PENDING]), ints_at(t[F.SLOTS])
-            for n in range(t[F.NUM_SEQS] if t[F.HOLDS_STATES] else 0):
+            for n in range(t[F.NUM_SEQS]):
                 pending[slots[n]] = 0
-            if step + 1 < t[F.MAX_STEPS]:
-                _go_on(t, step)
-        meet(team)
-        step += 1

@@ -29,8 +29,9 @@ from qnext.runtime.log import log_once
 _logger = logging.getLogger("qnext.kernels")
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MIN_ROWS = 8  # that there is room for from the start
-MAX_STEPS = 16  # in one call
+MAX_STEPS = 16  # rounds in one call
 MAX_END_IDS = 16  # looked for between them; others end a text a few tokens later
+NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
 
 # Small parameters are kept as fp32 copies; the others are read in place.
 _SMALL = {
@@ -54,7 +55,7 @@ _ROUTER, _SHARED_GATE = "mlp.gate", "mlp.shared_expert_gate"
 
 
 @dataclass
-class _Prepared:
+class Prepared:
     """The table of a step with what it points to."""
 
     table: np.ndarray
@@ -66,6 +67,7 @@ class _Prepared:
     max_rows: int = 0
     max_seqs: int = 0
     pages_width: int = 0
+    decide_threads: int = 0  # that there is room to decide tokens for
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:
@@ -99,9 +101,33 @@ def _weight_objection(step: DecodeStep) -> str | None:
 
 def decode_step_numba(step: DecodeStep, rows: WindowRows) -> StepOutput:
     """As `decode_step_reference`; every row's sums run in one order, whatever the other rows."""
-    prepared: _Prepared = step.prepared or prepare(step)
+    prepared: Prepared = step.prepared or prepare(step)
     num_rows = len(rows.token_ids)
-    _make_room(step, prepared, rows)
+    fill_rows(step, prepared, rows, num_rows)
+    table, room = prepared.table, prepared.room
+    num_threads = fill_threads(prepared, num_rows)
+    began = time.perf_counter()
+    run_step(table, num_threads)
+    prepared.pace.record(num_rows, num_threads, time.perf_counter() - began)
+    num_scored = int(table[F.NUM_SCORED])
+    best = room[F.BEST][:num_scored].tolist()
+    if min(best) < 0:
+        raise ValueError(NOT_NUMBERS)
+    return StepOutput(
+        hidden=torch.from_numpy(room[F.HIDDEN][:num_rows].copy()),
+        logits=torch.from_numpy(room[F.LOGITS][:num_scored]),
+        best=best,
+    )
+
+
+def fill_rows(step: DecodeStep, prepared: Prepared, rows: WindowRows, max_rows: int) -> None:
+    """Write the rows of a call to the table.
+
+    Args:
+        max_rows: the most that the call will come to have.
+    """
+    num_rows = len(rows.token_ids)
+    _make_room(step, prepared, rows, max(num_rows, max_rows))
     table, room = prepared.table, prepared.room
     table[F.NUM_ROWS], table[F.NUM_SEQS] = num_rows, len(rows.query_lens)
     room[F.TOKEN_IDS][:num_rows] = rows.token_ids
@@ -117,29 +143,17 @@ def decode_step_numba(step: DecodeStep, rows: WindowRows) -> StepOutput:
     num_scored = len(rows.query_lens) if rows.scores_last else num_rows
     scored = room[F.STARTS][1 : num_scored + 1] - 1 if rows.scores_last else range(num_rows)
     table[F.NUM_SCORED], room[F.SCORED][:num_scored] = num_scored, scored
-    table[F.MAX_STEPS], table[F.NUM_STEPS] = min(rows.max_steps, MAX_STEPS), 1
-    end_ids = rows.end_token_ids[:MAX_END_IDS] if rows.max_steps > 1 else ()
-    table[F.NUM_END_IDS], room[F.END_IDS][: len(end_ids)] = len(end_ids), end_ids
-    num_threads = prepared.pace.choose(num_rows, prepared.num_threads)
-    room[F.TEAM][0] = 0  # a team of another size may have counted before
-    began = time.perf_counter()
-    run_step(table, num_threads)
-    num_steps = int(table[F.NUM_STEPS])
-    prepared.pace.record(num_rows, num_threads, (time.perf_counter() - began) / num_steps)
-    best = room[F.BEST][: num_steps * num_scored].tolist()
-    if min(best) < 0:
-        raise ValueError("the logits are not numbers: the model's weights hold NaN or infinities")
-    return StepOutput(
-        hidden=torch.from_numpy(room[F.HIDDEN][: num_steps * num_rows].copy()),
-        logits=torch.from_numpy(room[F.LOGITS][:num_scored]),
-        best=best,
-        num_steps=num_steps,
-    )
+
+
+def fill_threads(prepared: Prepared, size: int) -> int:
+    """Choose the threads of a call and prepare their meetings. size: as `TeamPace` takes it"""
+    prepared.room[F.TEAM][0] = 0  # a team of another size may have counted before
+    return prepared.pace.choose(size, prepared.num_threads)
 
 
 def pending_rows(step: DecodeStep) -> np.ndarray:
     """Rows of each slot's last window that are accepted and not yet in its states. [slots]"""
-    prepared: _Prepared = step.prepared
+    prepared: Prepared = step.prepared
     return prepared.room[F.PENDING]
 
 
@@ -149,11 +163,11 @@ def read_weights(step: DecodeStep) -> None:
         _read_weights(step, step.prepared)
 
 
-def prepare(step: DecodeStep) -> _Prepared:
+def prepare(step: DecodeStep) -> Prepared:
     """Make the table of a step; room for rows is made when they come."""
     config = step.config
     cos, sin = (array(part.contiguous()) for part in step.rotation)
-    prepared = _Prepared(
+    prepared = Prepared(
         table=np.zeros(F.NUM_FIELDS, dtype=np.int64),
         kept=[],
         room={},
@@ -194,7 +208,7 @@ def prepare(step: DecodeStep) -> _Prepared:
     _, num_slots, max_window = step.states[2].shape[:3]
     pools[F.PENDING] = np.zeros(num_slots, dtype=np.int64)
     for name, pool in pools.items():
-        _place(prepared, name, pool)
+        place(prepared, name, pool)
     table[F.KV_ROWS], table[F.PAGE_SIZE] = step.keys.shape[1], step.page_size
     table[F.NUM_SLOTS], table[F.MAX_WINDOW] = num_slots, max_window
     table[F.HOLDS_STATES] = not step.prefix and config.num_linear_layers > 0
@@ -227,12 +241,12 @@ def _set_sizes(table: np.ndarray, config: ModelConfig) -> None:
     table[F.EPS] = int(np.float32(config.rms_norm_eps).view(np.int32))
 
 
-def _place(prepared: _Prepared, name: int, memory: np.ndarray) -> None:
+def place(prepared: Prepared, name: int, memory: np.ndarray) -> None:
     prepared.room[name] = memory
     prepared.table[name] = memory.ctypes.data
 
 
-def _read_weights(step: DecodeStep, prepared: _Prepared) -> None:
+def _read_weights(step: DecodeStep, prepared: Prepared) -> None:
     kept: list[Any] = []
     names, table = step.parameters, prepared.table
     rows = np.zeros((len(step.layer_names), F.NUM_COLUMNS), dtype=np.int64)
@@ -303,10 +317,10 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
 
 
-def _make_room(step: DecodeStep, prepared: _Prepared, rows: WindowRows) -> None:
+def _make_room(step: DecodeStep, prepared: Prepared, rows: WindowRows, num_rows: int) -> None:
     """Grow what holds the rows of a call, if it is too small."""
     num_threads = torch.get_num_threads()
-    num_rows, num_seqs = len(rows.token_ids), len(rows.query_lens)
+    num_seqs = len(rows.query_lens)
     width = max(map(len, rows.pages))
     if (
         num_threads != prepared.num_threads
@@ -321,11 +335,11 @@ def _make_room(step: DecodeStep, prepared: _Prepared, rows: WindowRows) -> None:
     if width > prepared.pages_width:
         prepared.pages_width = 2 * width
         shape = (prepared.max_seqs, prepared.pages_width)
-        _place(prepared, F.PAGES, np.zeros(shape, dtype=np.int64))
+        place(prepared, F.PAGES, np.zeros(shape, dtype=np.int64))
         prepared.table[F.PAGES_WIDTH] = prepared.pages_width
 
 
-def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
+def _allocate(config: ModelConfig, prepared: Prepared) -> None:
     threads, num_rows, seqs = prepared.num_threads, prepared.max_rows, prepared.max_seqs
     table = prepared.table
     size, num_active = config.hidden_size, config.num_experts_per_tok
@@ -365,7 +379,7 @@ def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
     heads = config.linear_num_value_heads
     floats: dict[int, tuple[int, ...]] = {
         F.HIDDEN_IN: (num_rows, size),
-        F.HIDDEN: (MAX_STEPS * num_rows, size),
+        F.HIDDEN: (max(MAX_STEPS * seqs, num_rows), size),
         F.LOGITS: (num_rows, int(table[F.VOCAB])),
         F.X: (num_rows, strides[F.STRIDE_C]),
         F.NORMED: (threads, num_rows, strides[F.STRIDE_C]),
@@ -389,16 +403,16 @@ def _allocate(config: ModelConfig, prepared: _Prepared) -> None:
         F.STARTS: (seqs + 1,),
         F.SLOTS: (seqs,),
         F.CONTEXTS: (seqs,),
-        F.BEST: (MAX_STEPS * num_rows,),
+        F.BEST: (num_rows,),
         F.END_IDS: (MAX_END_IDS,),
         F.ROUTES: (threads, strides[F.STRIDE_ROUTES]),
         F.BEST_IDS: (threads, num_rows),
     }
     for name, shape in floats.items():
-        _place(prepared, name, _aligned(shape, np.float32))
+        place(prepared, name, _aligned(shape, np.float32))
     for name, shape in integers.items():
-        _place(prepared, name, _aligned(shape, np.int64))
-    _place(prepared, F.IDENTITY, np.arange(max(pairs, queries, num_rows) + 1, dtype=np.int64))
+        place(prepared, name, _aligned(shape, np.int64))
+    place(prepared, F.IDENTITY, np.arange(max(pairs, queries, num_rows) + 1, dtype=np.int64))
 
 
 def commit_window(

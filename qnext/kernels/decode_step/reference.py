@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qnext.config.model import ModelConfig
+from qnext.kernels.decide_token.reference import Cuts
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,6 @@ class WindowRows:
         hidden: in a draft step the trunk's states of the rows, or the step's before. [T, C]
         scores_last: logits of each sequence's last row alone are wanted.
         make_batch: the same as the model's own batch, for the reference.
-        max_steps: steps to take at most, where each sequence has one row: each after the first
-            goes on from the token that the one before found best. A backend may take fewer.
-        end_token_ids: no step is taken after one of them was found best.
     """
 
     token_ids: Sequence[int]
@@ -35,8 +33,6 @@ class WindowRows:
     hidden: torch.Tensor | None
     scores_last: bool
     make_batch: Callable[[], Any]
-    max_steps: int = 1
-    end_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,53 @@ class StepOutput:
     """What a step worked out for its rows.
 
     Args:
-        hidden: states after the final norm, step after step. [steps * T, C]
-        logits: raw logits of the last step, of all rows or of each sequence's last one; a backend
-            may write the next step's into the same memory. [T or N, W], fp32
-        best: the lowest id of the largest logit of each of those rows, step after step; None if
-            not worked out.
-        num_steps: steps taken.
+        hidden: states after the final norm. [T, C]
+        logits: raw logits of all rows or of each sequence's last one; a backend may write the
+            next step's into the same memory. [T or N, W], fp32
+        best: the lowest id of the largest logit of each of those rows; None if not worked out.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     best: Sequence[int] | None = None
-    num_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What is to be decided by whom.
+
+    Args:
+        rows: each sequence's last token, which is not in the cache yet.
+        draft_rows: rows that the draft layer has not seen; None where there are no drafts.
+        cuts: how each sequence's tokens are drawn; None takes the best.
+        seeds: of each sequence's random numbers, 0 to 2^64 - 1.
+        num_drafts: of each sequence in a round.
+        max_rounds: rounds to take at most; there are pages for all of them.
+        end_token_ids: no round is taken after one that decided one of these.
+    """
+
+    rows: WindowRows
+    draft_rows: WindowRows | None
+    cuts: Sequence[Cuts | None]
+    seeds: Sequence[int]
+    num_drafts: int
+    max_rounds: int
+    end_token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class RoundsOutput:
+    """What was decided.
+
+    Args:
+        token_ids: of each round and sequence, the drafts that stand and one token more.
+        hidden: states after the final norm. Without drafts of all rounds [rounds, N, C]; with
+            drafts of the last round's windows [N, D + 1, C], of which the rows that decided a
+            token are the sequence's.
+    """
+
+    token_ids: list[list[list[int]]]
+    hidden: torch.Tensor
 
 
 @dataclass
