@@ -1,9 +1,12 @@
 """Worker: this package, as its users call it."""
 
+import statistics
 import time
 from typing import Any
 
 from benchmarks.peers.protocol import Answer, Peer, Unsupported, Variant, serve, timed_import
+
+PARTS_PROMPTS = 2
 
 
 class QnextPeer(Peer):
@@ -64,27 +67,27 @@ def _import_engine() -> Any:
 
 
 def measure_drafts(peer: QnextPeer, command: Answer) -> Answer:
-    """Write after each prompt alone; time the steps, the draft layer and the windows in them."""
+    """Write after each prompt alone, timed; then once more step by step, to time the kernels."""
     from qnext.engine.metrics import EngineMetrics
 
     engine = peer.llm.engine
     engine.metrics = EngineMetrics()
-    drafting, windows = (
-        Stopwatch(engine.runner, "draft"),
-        Stopwatch(engine.runner, "forward_windows"),
-    )
     seconds, token_ids = 0.0, []
-    try:
-        for prompt in command["prompts"]:
-            _, spent, outputs = peer.generate(
-                [prompt], command["num_tokens"] + 1, command["temperature"], command["seed"]
-            )
-            seconds += spent
-            token_ids.append(list(outputs[0].outputs[0].token_ids))
-    finally:
-        drafting.remove()
-        windows.remove()
+    options = command["num_tokens"] + 1, command["temperature"], command["seed"]
+    for prompt in command["prompts"]:
+        _, spent, outputs = peer.generate([prompt], *options)
+        seconds += spent
+        token_ids.append(list(outputs[0].outputs[0].token_ids))
     metrics = engine.metrics
+    engine.metrics = EngineMetrics()
+    kernels = KernelTimes()
+    engine.runner.take_rounds = lambda *args: None  # a kernel that goes on hides its parts
+    try:
+        for prompt in command["prompts"][:PARTS_PROMPTS]:
+            peer.generate([prompt], *options)
+    finally:
+        del engine.runner.take_rounds
+        kernels.remove()
     return {
         "seconds": seconds,
         "token_ids": token_ids,
@@ -92,37 +95,35 @@ def measure_drafts(peer: QnextPeer, command: Answer) -> Answer:
         "drafted": metrics.num_drafted_by_depth,
         "accepted": metrics.num_accepted_by_depth,
         "steps_by_drafts": {str(k): n for k, n in metrics.num_steps_by_speculation.items()},
-        "draft_seconds": drafting.seconds,
-        "window_seconds": windows.seconds,
+        "draft_seconds": kernels.median("draft"),
+        "window_seconds": kernels.median("window"),
     }
 
 
-class Stopwatch:
-    """Adds up the time spent in one method of one object, until removed.
+class KernelTimes:
+    """Times of the compiled steps of one row a sequence in the draft layer, and of windows."""
 
-    Raises:
-        Unsupported: the object has no such method.
-    """
+    def __init__(self) -> None:
+        from qnext.kernels.decode_step import fields, numba
 
-    def __init__(self, owner: Any, name: str) -> None:
-        method = getattr(owner, name, None)
-        if method is None:
-            raise Unsupported(f"{type(owner).__name__} has no method {name!r} to time")
-        self.seconds = 0.0
-        self._owner, self._name = owner, name
+        self.times: dict[str, list[float]] = {"draft": [], "window": []}
+        self._module, self._run = numba, numba.run_step
 
-        def timed(*args: Any, **options: Any) -> Any:
+        def timed(table: Any, num_threads: int) -> None:
             start = time.perf_counter()
-            try:
-                return method(*args, **options)
-            finally:
-                self.seconds += time.perf_counter() - start
+            self._run(table, num_threads)
+            kind = "draft" if table[fields.FC] else "window"
+            self.times[kind].append(time.perf_counter() - start)
 
-        setattr(owner, name, timed)
+        numba.run_step = timed  # type: ignore[assignment]
+
+    def median(self, kind: str) -> float:
+        """Seconds of one step; 0 where there was none."""
+        return statistics.median(self.times[kind] or [0.0])
 
     def remove(self) -> None:
-        """Let the object's own method be called again."""
-        delattr(self._owner, self._name)
+        """Let the kernel be called directly again."""
+        self._module.run_step = self._run
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from benchmarks import cpu
 from benchmarks.contenders import Cell, Contender, Machine, ModelFiles, contenders
 from benchmarks.peers import protocol
 from benchmarks.peers.process import PeerError
-from benchmarks.peers.qnext import Stopwatch
+from benchmarks.peers.qnext import KernelTimes
 from benchmarks.prompts import decode_prompts, random_ids
 from benchmarks.rates import (
     Results,
@@ -19,7 +19,7 @@ from benchmarks.rates import (
     measure_parity,
     measure_rates,
 )
-from tests.engine.tiny import tiny_model
+from tests.engine.tiny import greedy, id_prompts, step_by_step, tiny_llm, tiny_model
 
 QNEXT, LLAMA = Contender("qnext", "float32"), Contender("llama_cpp", "float32")
 
@@ -132,19 +132,18 @@ def test_prompts_are_equally_long_and_all_different():
     assert random_ids(7, 96) == random_ids(7, 96)
 
 
-def test_a_stopwatch_leaves_its_object_as_it_was():
-    class Owner:
-        def work(self, value):
-            return value + 1
+def test_kernel_times_tell_windows_from_drafts_and_leave_nothing_behind():
+    from qnext.kernels.decode_step import numba
 
-    owner = Owner()
-    watch = Stopwatch(owner, "work")
-    assert owner.work(1) == 2
-    assert watch.seconds > 0
-    watch.remove()
-    assert "work" not in vars(owner)
-    with pytest.raises(protocol.Unsupported, match="'play'"):
-        Stopwatch(owner, "play")
+    before = numba.run_step
+    times = KernelTimes()
+    llm = step_by_step(tiny_llm(num_speculative_tokens=2))
+    llm.generate(id_prompts(5), greedy(8))
+    times.remove()
+    assert numba.run_step is before
+    assert len(times.times["draft"]) > 1
+    assert len(times.times["window"]) > 1
+    assert 0 < times.median("draft") < 1
 
 
 def test_a_worker_answers_each_line_and_says_what_it_cannot(monkeypatch):

@@ -17,7 +17,7 @@ def answer(seconds, num_steps, drafted=(), accepted=(), **times):
         "accepted": list(accepted),
         "steps_by_drafts": {str(len(drafted)): num_steps},
         "draft_seconds": times.get("draft", 0.0),
-        "window_seconds": times.get("window", seconds),
+        "window_seconds": times.get("window", seconds / num_steps),
     }
 
 
@@ -31,7 +31,7 @@ def test_break_even_is_where_tokens_pay_for_the_step(cost, num_drafts, acceptanc
 def test_costs_are_multiples_of_a_plain_step():
     answers = {
         "0": [answer(2.0, 100)],
-        "2": [answer(1.4, 40, (40, 40), (30, 10), draft=0.32, window=1.0)],
+        "2": [answer(1.4, 40, (40, 40), (30, 10), draft=0.008, window=0.025)],
     }
     found = {each.name: each for each in summarise("nano drafts", 0.0, answers, LABELS)}
 
@@ -45,8 +45,8 @@ def test_costs_are_multiples_of_a_plain_step():
     assert value("k = 2, accepted at depth 1") == pytest.approx(75.0)
     assert value("k = 2, accepted at depth 2") == pytest.approx(25.0)
     assert value("k = 2, one step") == pytest.approx(1.4 / 40 / 0.02)
-    assert value("k = 2, one draft") == pytest.approx(0.32 / 80 / 0.02)
-    assert value("k = 2, window of 3 rows") == pytest.approx(1.0 / 40 / 0.02)
+    assert value("k = 2, one draft") == pytest.approx(0.4)
+    assert value("k = 2, window of 3 rows") == pytest.approx(1.25)
     assert value("k = 2, break-even acceptance") == pytest.approx(50.0)
 
 

@@ -93,7 +93,8 @@ def test_a_chat_in_a_pipe_answers_each_line(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     options = ["--max-tokens", 4, "--system", "Be brief.", "--ignore-eos", "--stop", "\n"]
     assert run_main("chat", "--model", checkpoint, *options) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    # Random text may hold characters that splitlines() takes for the end of a line too.
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def heed_ctrl_c():

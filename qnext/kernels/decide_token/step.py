@@ -107,18 +107,16 @@ def _cut(values: Any, size: Any, is_counting: Any, goal: Any, weights: Any, room
 
 
 @inner
-def weigh(logits: Any, size: Any, cuts: Any, weights: Any, room: Any) -> Any:
+def weigh(logits: Any, top: Any, size: Any, cuts: Any, weights: Any, room: Any) -> Any:
     """Weights of the tokens that may be drawn, as `token_weights`; returns their sum.
 
     Args:
         logits: fp32. [W]
+        top: the largest of them.
         cuts: temperature, top_k, top_p, min_p. float64
         weights: is filled. fp32 [W]
         room: float64 [room_size]; gets the sum of each block of the weights.
     """
-    top = logits[0]
-    for i in range(size):
-        top = logits[i] if logits[i] > top else top
     inverse = np.float32(1.0 / cuts[0])
     for i in range(size):
         x = (logits[i] - top) * inverse

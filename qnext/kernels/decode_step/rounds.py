@@ -58,7 +58,8 @@ def _choose(t: Any, step: Any, row: Any, n: Any, draw: Any, weights: Any) -> Any
     if best < 0 or cuts[0] == 0.0:
         return best, 0.0
     size, room = step[F.VOCAB], _decide_room(t)
-    total = weigh(offset(floats_at(step[F.LOGITS]), row * size), size, cuts, weights, room)
+    logits = offset(floats_at(step[F.LOGITS]), row * size)
+    total = weigh(logits, logits[best], size, cuts, weights, room)
     position, purpose = draw
     u = uniform_draw(words_at(t[F.SEEDS])[n], position, purpose)
     return pick_token(weights, size, total, u, room), total
@@ -135,7 +136,7 @@ def _verify(t: Any, n: Any, decided: Any) -> Any:
         token_id = best
         if best >= 0 and cuts[0] > 0.0:
             logits = offset(floats_at(t[F.LOGITS]), row * size)
-            total = weigh(logits, size, cuts, target, room)
+            total = weigh(logits, logits[best], size, cuts, target, room)
             draft = offset(floats_at(t[F.DRAFT_WEIGHTS]), item * size)
             draft_total = doubles_at(t[F.DRAFT_TOTALS])[item]
             u = uniform_draw(seed, position, _ACCEPT)
