@@ -48,7 +48,7 @@ def random_bits(seed: int, position: int, purpose: Purpose) -> int:
         position: place in the sequence of the token that is decided, 0 to 2^32 - 1.
     """
     words = philox((position, int(purpose), 0, 0), (seed & _MASK, seed >> 32))
-    return words[0] | words[1] << 32
+    return words[0] << 32 | words[1]
 
 
 def uniform(seed: int, position: int, purpose: Purpose) -> float:

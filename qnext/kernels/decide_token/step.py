@@ -35,7 +35,7 @@ def uniform_draw(seed: Any, position: Any, purpose: Any) -> Any:
         c0, c1 = (second >> _HALF) ^ c1 ^ k0, second & _MASK
         c2, c3 = (first >> _HALF) ^ c3 ^ k1, first & _MASK
         k0, k1 = (k0 + _STEP_0) & _MASK, (k1 + _STEP_1) & _MASK
-    return np.float64((c0 | (c1 << _HALF)) >> _LOST) * _UNIT
+    return np.float64(((c0 << _HALF) | c1) >> _LOST) * _UNIT
 
 
 @inner
