@@ -40,7 +40,7 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return c0, c1, c2, c3
 
 
-def random_bits(seed: int, position: int, purpose: Purpose) -> int:
+def random_bits(seed: int, position: int, purpose: Purpose | int) -> int:
     """64 random bits named by three numbers, the same on every machine.
 
     Args:
@@ -51,7 +51,7 @@ def random_bits(seed: int, position: int, purpose: Purpose) -> int:
     return words[0] << 32 | words[1]
 
 
-def uniform(seed: int, position: int, purpose: Purpose) -> float:
+def uniform(seed: int, position: int, purpose: Purpose | int) -> float:
     """A number in [0, 1) with 53 random bits, named like `random_bits`."""
     return (random_bits(seed, position, purpose) >> 11) * 2.0**-53
 

@@ -1,0 +1,243 @@
+"""Cross-entropy of a linear head on a GPU: cuBLAS for the products, Triton for what lies between.
+
+A chunk's logits are read twice and overwritten once, by their own gradient.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qnext.kernels.int8_rows import widened
+
+IGNORED = -100
+# Of the logits held at a time. 640 MiB are 2,208 rows of 151,936 words in bf16: fewer rows would
+# read and write the fp32 gradient of the weight too often beside the product that adds to it.
+CHUNK_BYTES = 640 << 20
+# Products run best on whole tiles of rows.
+ROW_STEP = 128
+# Logits that a thread of the loss kernel reads at once: two loads of 16 bytes in half precision.
+PER_THREAD = 16
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SCALE_BLOCK = 4096
+
+
+@triton.jit
+def linear_cross_entropy_fwd_kernel(
+    p_logits: tl.tensor,
+    p_targets: tl.tensor,
+    p_losses: tl.tensor,
+    p_loss: tl.tensor,
+    W: tl.tensor,
+    stride_row: tl.tensor,
+    z_weight: tl.tensor,
+    IGNORED: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+) -> None:
+    """Loss of one row of logits, and the loss's gradient in their place.
+
+    Each of the BR threads keeps a maximum and a sum of its own, so that warps meet once per row,
+    not once per block.
+    """
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    LN_2: tl.constexpr = 0.6931471805599453
+    BLOCK: tl.constexpr = BR * BC
+    i_t = tl.program_id(0)
+    p_row = p_logits + i_t.to(tl.int64) * stride_row
+    o_block = tl.arange(0, BR)[:, None] * BC + tl.arange(0, BC)[None, :]
+    num_blocks = tl.cdiv(W, BLOCK)
+    target = tl.load(p_targets + i_t)
+    if target == IGNORED:
+        # Not even read: the row's hidden state may be padding.
+        tl.store(p_losses + i_t, 0.0)
+        tl.store(p_loss + i_t, 0.0)
+        if HAS_GRAD:
+            for i_b in range(num_blocks):
+                o_w = i_b * BLOCK + o_block
+                tl.store(p_row + o_w, tl.zeros([BR, BC], p_row.dtype.element_ty), mask=o_w < W)
+    else:
+        # Before the barrier of the sums below, after which the place is overwritten.
+        chosen = tl.load(p_row + target).to(tl.float32)
+        b_max = tl.full([BR], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BR], tl.float32)
+        for i_b in range(num_blocks):
+            o_w = i_b * BLOCK + o_block
+            b_x = tl.load(
+                p_row + o_w, mask=o_w < W, other=float("-inf"), eviction_policy="evict_last"
+            )
+            b_x = b_x.to(tl.float32)
+            b_top = tl.maximum(b_max, tl.max(b_x, 1))
+            # A thread past the end of its row has seen nothing, and -inf - -inf would be NaN.
+            b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
+            # The difference before the factor: large logits lose nothing.
+            b_p = tl.exp2((b_x - b_base[:, None]) * LOG2_E)
+            b_sum = b_sum * tl.exp2((b_max - b_base) * LOG2_E) + tl.sum(b_p, 1)
+            b_max = b_top
+        top = tl.max(b_max, 0)
+        log2_sum = tl.log2(tl.sum(b_sum * tl.exp2((b_max - top) * LOG2_E), 0))
+        log_sum = top + log2_sum * LN_2
+        loss = top - chosen + log2_sum * LN_2
+        tl.store(p_losses + i_t, loss + z_weight * log_sum * log_sum)
+        tl.store(p_loss + i_t, loss)
+        if HAS_GRAD:
+            factor = 1.0 + 2.0 * z_weight * log_sum
+            # From the end back: what was read last is the likeliest to be in the caches still.
+            for i_b in range(num_blocks):
+                o_w = (num_blocks - 1 - i_b) * BLOCK + o_block
+                b_x = tl.load(p_row + o_w, mask=o_w < W, other=0.0, eviction_policy="evict_first")
+                b_grad = tl.exp2((b_x.to(tl.float32) - top) * LOG2_E - log2_sum) * factor
+                b_grad = tl.where(o_w == target, b_grad - 1.0, b_grad)
+                tl.store(p_row + o_w, b_grad.to(p_row.dtype.element_ty), mask=o_w < W)
+
+
+@triton.jit
+def linear_cross_entropy_scale_kernel(
+    p_x: tl.tensor, p_factor: tl.tensor, p_y: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """y = x * factor: multiplied in fp32, rounded once."""
+    o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(p_factor).to(tl.float32)
+    b_x = tl.load(p_x + o_x, mask=o_x < size, other=0.0).to(tl.float32)
+    tl.store(p_y + o_x, (b_x * factor).to(p_y.dtype.element_ty), mask=o_x < size)
+
+
+def loss_fwd(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    losses: torch.Tensor,
+    z_weight: float,
+    *,
+    has_grad: bool,
+) -> None:
+    """Losses of a chunk's rows into losses [2, rows], with z and without; logits become gradients.
+
+    logits: rows may lie further apart than they are long. [rows, W]
+    """
+    num_rows, num_words = logits.shape
+    # One program of 32 warps fills an SM, so that the rows in flight (40 MB) fit in the L2 cache.
+    num_warps = 32 if num_words >= 32 * 32 * PER_THREAD else 4
+    linear_cross_entropy_fwd_kernel[(num_rows,)](
+        logits, targets, losses[0], losses[1], num_words, logits.stride(0), z_weight,
+        IGNORED=IGNORED, HAS_GRAD=has_grad, BR=32 * num_warps, BC=PER_THREAD, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x times a scalar on the device, in dtype, without a wide copy."""
+    out = torch.empty_like(x, dtype=dtype)
+    grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
+    linear_cross_entropy_scale_kernel[grid](x, factor, out, x.numel(), BLOCK=SCALE_BLOCK)
+    return out
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, is_first: bool) -> None:
+    """total = a b, or total += a b: total in fp32, summed in fp32, whatever a and b are."""
+    beta = 0.0 if is_first else 1.0  # cuBLAS does not read what zero multiplies
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
+def rows_per_chunk(num_tokens: int, num_words: int, element_bytes: int) -> int:
+    """Rows of a chunk: chunks are about equal, and their logits take CHUNK_BYTES at most."""
+    most = max(1, CHUNK_BYTES // (num_words * element_bytes))
+    num_chunks = -(-num_tokens // most)
+    size = -(-num_tokens // max(1, num_chunks))
+    whole = -(-size // ROW_STEP) * ROW_STEP
+    return whole if whole <= most else size
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """The loss is a sum, so its gradients are known up to one factor in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        z_weight: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        num_tokens, num_words = hidden.shape[0], weight.shape[0]
+        head = weight.to(hidden.dtype)
+        size = rows_per_chunk(num_tokens, num_words, hidden.element_size())
+        # Rows start at multiples of 128 bytes, whatever the number of words.
+        room = torch.empty(
+            min(size, num_tokens),
+            -(-num_words // 64) * 64,
+            dtype=hidden.dtype,
+            device=hidden.device,
+        )
+        losses = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, num_tokens, size):
+            own = slice(start, min(start + size, num_tokens))
+            logits = room[: own.stop - start, :num_words]
+            torch.mm(hidden[own], head.t(), out=logits)
+            has_grad = needs_hidden or needs_weight
+            loss_fwd(logits, targets[own], losses[:, own], z_weight, has_grad=has_grad)
+            if grad_hidden is not None:
+                torch.mm(logits, head, out=grad_hidden[own])
+            if grad_weight is not None:
+                add_product(grad_weight, logits.t(), hidden[own], is_first=start == 0)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        total, loss = losses.sum(1).unbind()
+        ctx.mark_non_differentiable(loss)
+        return total, loss
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_total: torch.Tensor, grad_loss: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grads = [
+            None if grad is None else scaled(grad, grad_total, dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return grads[0], grads[1], None, None
+
+
+def supports(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_weight: float = 0.0,
+) -> str | None:
+    """Say why this backend cannot run, or None."""
+    if not hidden.is_cuda and not triton.knobs.runtime.interpret:
+        return f"rows on {hidden.device}, not on a GPU"
+    if hidden.dtype not in FLOAT_DTYPES:
+        return f"rows of {hidden.dtype}, not fp16, bf16 or fp32"
+    if weight.dtype not in (*FLOAT_DTYPES, torch.int8):
+        return f"a head of {weight.dtype}, not fp16, bf16, fp32 or int8"
+    if hidden.shape[0] == 0:
+        return "there are no rows"
+    return None
+
+
+def linear_cross_entropy_triton(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `linear_cross_entropy_reference`; the gradients are made along with the loss.
+
+    Memory beside the results: the logits of a chunk, and the weight's gradient in fp32.
+    """
+    if weight.dtype == torch.int8:
+        weight = widened(weight, hidden.dtype)
+    if not torch.is_grad_enabled():
+        # Autograd asks for gradients of whatever requires them, even where none can be used.
+        hidden, weight = hidden.detach(), weight.detach()
+    hidden, targets = hidden.contiguous(), targets.contiguous()
+    total, loss = LinearCrossEntropyFunction.apply(hidden, weight, targets, float(z_weight))
+    return total, loss, (targets != IGNORED).sum()

@@ -1,0 +1,303 @@
+"""Product of a few rows with a weight, which is read once: one row by FMA, up to 16 by dots."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qnext.kernels.fp8_blocks import BLOCK
+from qnext.kernels.gpu_decode import (
+    NUM_SMS,
+    block_scales,
+    overlap_options,
+    row_inverse_rms,
+    rows_objection,
+    times_scales,
+    wait_for_previous,
+    weight_objection,
+)
+
+MAX_ROWS = 16
+# Rows of one dot: the narrowest that tensor cores take as this operand without padding.
+DOT_ROWS = 16
+# Elements of weight that a program of one row asks for at once. At 64 per thread three programs
+# fit an SM, which then waits for 96 KB: several times what the memory's latency needs in flight.
+TILE_ELEMENTS = 16384
+THREAD_ELEMENTS = 64
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """How a weight is cut: BO of its rows per program, BC columns at once."""
+
+    BO: int
+    BC: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def gemv_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile:
+    """Cut for one row: whole weight rows where their length is a power of two."""
+    padded = triton.next_power_of_2(num_columns)
+    # A loop over columns holds an fp32 sum per element of the tile, so its tiles are smaller.
+    is_whole = padded == num_columns and padded <= 4096
+    BC = padded if is_whole else min(padded, 1024)
+    elements = TILE_ELEMENTS if is_whole and element_bytes < 4 else TILE_ELEMENTS // 4
+    BO = min(16, max(1, elements // BC))
+    while BO > 1 and num_outputs < 2 * NUM_SMS * BO:
+        BO //= 2
+    return RowTile(BO, BC, num_warps=max(1, min(8, BO * BC // (32 * THREAD_ELEMENTS))))
+
+
+def dot_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile:
+    """Cut for several rows: all programs on the chip at once, or many more than fit."""
+    if element_bytes == 4:
+        return RowTile(16, 32, num_warps=4, num_stages=2)
+    if num_outputs >= 64 * 4 * NUM_SMS:
+        tile = RowTile(64, 128, num_warps=4, num_stages=4)
+    elif num_outputs >= 32 * 2 * NUM_SMS:
+        tile = RowTile(32, 256, num_warps=4, num_stages=3)
+    else:
+        tile = RowTile(16, 512, num_warps=4, num_stages=5)
+    # Scales are applied between dots, so an e4m3 tile ends with its block.
+    widest = BLOCK if element_bytes == 1 else tile.BC
+    BC = max(16, min(widest, triton.next_power_of_2(num_columns)))
+    return RowTile(tile.BO, BC, tile.num_warps, tile.num_stages if BC == tile.BC else 5)
+
+
+@triton.jit(do_not_specialize=["O"])
+def row_linear_gemv_kernel(
+    p_x: tl.tensor,
+    p_w: tl.tensor,
+    p_scale: tl.tensor,
+    p_norm: tl.tensor,
+    p_residual: tl.tensor,
+    p_y: tl.tensor,
+    O: tl.tensor,
+    eps: tl.tensor,
+    C: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WAITS: tl.constexpr,
+) -> None:
+    """BO outputs of the only row."""
+    i_o = tl.program_id(0)
+    o_o = i_o * BO + tl.arange(0, BO)
+    o_c = tl.arange(0, BC)
+    m_o = o_o < O
+    p_row = p_w + o_o.to(tl.int64)[:, None] * C + o_c[None, :]
+    SC: tl.constexpr = (C + BLOCK_SIZE - 1) // BLOCK_SIZE
+    # The launcher makes BO divide a block, so that all rows of a tile have the same scales.
+    p_s = p_scale + (i_o * BO // BLOCK_SIZE) * SC
+    b_w = tl.load(p_row, mask=m_o[:, None] & (o_c < C)[None, :], other=0.0)
+    if HAS_NORM:
+        b_n = tl.load(p_norm + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        b_s = block_scales(p_s, 0, C, BC, BLOCK_SIZE)
+    wait_for_previous(WAITS)
+    b_y = tl.zeros([BO], tl.float32)
+    if HAS_RESIDUAL:
+        b_y += tl.load(p_residual + o_o, mask=m_o, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        inverse = row_inverse_rms(p_x, eps, C, BC)
+    b_sum = tl.zeros([BO, BC], tl.float32)
+    for i_c in range(0, C, BC):
+        b_x = tl.load(p_x + i_c + o_c, mask=i_c + o_c < C, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            b_x = (b_x * inverse * (1.0 + b_n)).to(p_x.dtype.element_ty).to(tl.float32)
+        if HAS_SCALE:
+            b_x = times_scales(b_x, b_s)
+        b_sum += b_w.to(tl.float32) * b_x[None, :]
+        if C > BC:
+            o_next = i_c + BC + o_c
+            b_w = tl.load(p_row + i_c + BC, mask=m_o[:, None] & (o_next < C)[None, :], other=0.0)
+            if HAS_NORM:
+                b_n = tl.load(p_norm + o_next, mask=o_next < C, other=0.0).to(tl.float32)
+            if HAS_SCALE:
+                b_s = block_scales(p_s, i_c + BC, C, BC, BLOCK_SIZE)
+    b_y += tl.sum(b_sum, 1)
+    tl.store(p_y + o_o, b_y.to(p_y.dtype.element_ty), mask=m_o)
+
+
+@triton.jit
+def prefetch_rows(p_row: tl.tensor, N: tl.constexpr) -> None:
+    """Ask for the first N lines of 128 bytes from each address; returns at once."""
+    p_line = p_row.to(tl.int64)[:, None] + tl.arange(0, N)[None, :] * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [p_line], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["T", "O"])
+def row_linear_dot_kernel(
+    p_x: tl.tensor,
+    p_w: tl.tensor,
+    p_scale: tl.tensor,
+    p_norm: tl.tensor,
+    p_residual: tl.tensor,
+    p_y: tl.tensor,
+    T: tl.tensor,
+    O: tl.tensor,
+    eps: tl.tensor,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BO: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WAITS: tl.constexpr,
+) -> None:
+    """BO outputs of BT rows; the weight is the left operand, whose side is the wide one."""
+    i_o, i_t = tl.program_id(0), tl.program_id(1)
+    o_o = i_o * BO + tl.arange(0, BO)
+    o_t = i_t * BT + tl.arange(0, BT)
+    o_c = tl.arange(0, BC)
+    m_o, m_t = o_o < O, o_t < T
+    # Rows past the end read the last one and are never written: no mask on the weight's stream.
+    p_row = p_w + tl.minimum(o_o, O - 1).to(tl.int64)[:, None] * C
+    p_token = p_x + o_t.to(tl.int64)[:, None] * C + o_c[None, :]
+    SC: tl.constexpr = (C + BLOCK_SIZE - 1) // BLOCK_SIZE
+    p_s = p_scale + (i_o * BO // BLOCK_SIZE) * SC
+    if WAITS:
+        prefetch_rows(p_w + tl.minimum(o_o, O - 1).to(tl.int64) * C, PREFETCH)
+    wait_for_previous(WAITS)
+    if HAS_NORM:
+        b_square = tl.zeros([BT, BC], tl.float32)
+        for i_c in range(0, C, BC):
+            m_x = m_t[:, None] & (i_c + o_c < C)[None, :]
+            b_x = tl.load(p_token + i_c, mask=m_x, other=0.0).to(tl.float32)
+            b_square += b_x * b_x
+        b_inverse = tl.rsqrt(tl.sum(b_square, 1) / C + eps)
+    o_y = o_t.to(tl.int64)[None, :] * O + o_o[:, None]
+    m_y = m_o[:, None] & m_t[None, :]
+    b_acc = tl.zeros([BO, BT], tl.float32)
+    if HAS_RESIDUAL:
+        b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
+    for i_c in range(0, C, BC):
+        m_c = i_c + o_c < C
+        if C % BC == 0:
+            b_w = tl.load(p_row + i_c + o_c[None, :])
+        else:
+            b_w = tl.load(p_row + i_c + o_c[None, :], mask=m_c[None, :], other=0.0)
+        b_x = tl.load(p_token + i_c, mask=m_t[:, None] & m_c[None, :], other=0.0)
+        if HAS_NORM:
+            b_n = tl.load(p_norm + i_c + o_c, mask=m_c, other=0.0).to(tl.float32)
+            b_x = b_x.to(tl.float32) * b_inverse[:, None] * (1.0 + b_n)[None, :]
+            b_x = b_x.to(p_x.dtype.element_ty)
+        if HAS_SCALE:
+            # e4m3 is exact in every wider dtype, and the tile lies in one column of blocks.
+            b_dot = tl.dot(b_w.to(b_x.dtype), tl.trans(b_x), input_precision=PRECISION)
+            b_acc += b_dot * tl.load(p_s + i_c // BLOCK_SIZE)
+        else:
+            b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision=PRECISION)
+    tl.store(p_y + o_y, b_acc.to(p_y.dtype.element_ty), mask=m_y)
+
+
+def row_linear_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    *,
+    eps: float,
+    out_dtype: torch.dtype,
+    use_dot: bool | None = None,
+    use_pdl: bool = False,
+    tile: RowTile | None = None,
+) -> torch.Tensor:
+    """Launch the kernel for the number of rows; arguments as in `row_linear_reference`.
+
+    Args:
+        use_dot: several rows in one dot; None for more than one row. With True a row's bits are
+            the same alone and in any company.
+        use_pdl: see `overlap_options`.
+        tile: another cut than the one chosen by shape.
+    """
+    num_rows, num_columns = x.shape
+    num_outputs = weight.shape[0]
+    y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
+    use_dot = num_rows > 1 if use_dot is None else use_dot
+    tensors = (
+        x,
+        weight,
+        x if scale is None else scale,
+        x if norm_weight is None else norm_weight,
+        x if residual is None else residual,
+        y,
+    )
+    choose = dot_tile if use_dot else gemv_tile
+    tile = tile or choose(num_outputs, num_columns, weight.element_size())
+    num_blocks = triton.cdiv(num_outputs, tile.BO)
+    common: dict[str, Any] = {
+        "C": num_columns,
+        "BO": tile.BO,
+        "BC": tile.BC,
+        "HAS_NORM": norm_weight is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_SCALE": scale is not None,
+        "BLOCK_SIZE": BLOCK,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **overlap_options(use_pdl),
+    }
+    if not use_dot:
+        row_linear_gemv_kernel[(num_blocks,)](*tensors, num_outputs, eps, **common)
+        return y
+    grid = (num_blocks, triton.cdiv(num_rows, DOT_ROWS))
+    row_linear_dot_kernel[grid](
+        *tensors,
+        num_rows,
+        num_outputs,
+        eps,
+        BT=DOT_ROWS,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PREFETCH=8 if num_columns * weight.element_size() >= 1024 else 1,
+        **common,
+    )
+    return y
+
+
+def supports(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if residual is not None and not residual.is_contiguous():
+        return f"a residual of strides {residual.stride()}"
+    return rows_objection(x, MAX_ROWS) or weight_objection("weight", weight, scale, x.dtype)
+
+
+def row_linear_triton(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See `row_linear_reference`. Up to 16 rows, each with the same bits in any company of 2 to 16.
+
+    A row alone is summed in another order, by `row_linear_gemv_kernel`.
+    """
+    return row_linear_fwd(
+        x, weight, norm_weight, residual, scale, eps=eps, out_dtype=out_dtype or x.dtype
+    )
