@@ -1,6 +1,7 @@
-"""Whole-step kernels for windows on a CPU, where one exists for the model and its cache."""
+"""Whole-step kernels for windows, where one exists for the model, its cache and the device."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import accumulate
 from typing import Any
 
@@ -22,12 +23,16 @@ from qnext.model.batch import ForwardBatch
 from qnext.model.layer import DecoderLayer
 from qnext.model.qwen3_next import Qwen3Next
 
+_STEPS = "qnext.kernels.decode_step"
+_KERNELS_CPU, _KERNELS_GPU = f"{_STEPS}.numba", f"{_STEPS}.triton_fwd"
+_ROUNDS_CPU, _ROUNDS_GPU = f"{_STEPS}.rounds", f"{_STEPS}.cuda_rounds"
+
 
 class FusedSteps:
     """Runs windows through `dispatch.decode_step`: the trunk's, and the MTP layer's.
 
     Args:
-        model: on a CPU.
+        model: on a CPU or a GPU.
         cache: made for it.
         max_positions: tokens of the longest sequence.
     """
@@ -36,7 +41,8 @@ class FusedSteps:
         self.model = model
         self.cache = cache
         self._is_deferring = False  # the last window's kernel replays its rows later
-        rotation = model.rotary_table(torch.arange(max_positions), model.dtype)
+        positions = torch.arange(max_positions, device=model.device)
+        rotation = model.rotary_table(positions, model.dtype)
         count = model.config.num_hidden_layers
         self.trunk = self._step([f"layers.{idx}." for idx in range(count)], "", rotation)
         self.draft: DecodeStep | None = None
@@ -45,8 +51,7 @@ class FusedSteps:
 
     def start(self, slot: int) -> None:
         """Prepare a state slot for a new sequence."""
-        if self.trunk.prepared is not None:
-            self._numba.pending_rows(self.trunk)[slot] = 0
+        self._kernels.start_slot(self.trunk, slot)
 
     def read_weights(self) -> None:
         """Look at the model's weights anew: training may have changed or replaced them."""
@@ -54,7 +59,7 @@ class FusedSteps:
         for step in (self.trunk, self.draft):
             if step is not None and step.prepared is not None:
                 step.parameters = parameters
-                self._numba.read_weights(step)
+                self._kernels.read_weights(step)
 
     def window(self, windows: Sequence[SequenceRows]) -> StepOutput:
         """Run windows through the trunk and its head; states wait for `commit`."""
@@ -65,7 +70,7 @@ class FusedSteps:
     def can_take_rounds(self, windows: Sequence[SequenceRows]) -> bool:
         """Whether compiled code can go on by itself from these rows, one a sequence."""
         rows = self._rows(windows, None)
-        return dispatch.decode_step.backend_for(self.trunk, rows) == "numba"
+        return dispatch.decode_step.backend_for(self.trunk, rows) != "reference"
 
     def take_rounds(
         self,
@@ -82,8 +87,6 @@ class FusedSteps:
             draft_rows: rows that the draft layer has not seen and their states, as for `mtp_step`.
             num_drafts, max_rounds, end_token_ids: as in `Rounds`.
         """
-        from qnext.kernels.decode_step.rounds import decode_rounds
-
         requests = [rows.request for rows in windows]
         rounds = Rounds(
             rows=self._rows(windows, None),
@@ -95,7 +98,10 @@ class FusedSteps:
             end_token_ids=end_token_ids,
         )
         self._is_deferring = True
-        return decode_rounds(self.trunk, self.draft, rounds)
+        is_gpu = self.model.device.type == "cuda"
+        module = import_module(_ROUNDS_GPU if is_gpu else _ROUNDS_CPU)
+        out: RoundsOutput = module.decode_rounds(self.trunk, self.draft, rounds)
+        return out
 
     def mtp_step(self, rows: Sequence[SequenceRows], hidden: Tensor) -> StepOutput:
         """One step of the draft layer and the head on rows whose ids are the tokens after them.
@@ -110,26 +116,19 @@ class FusedSteps:
     def commit(self, state_slots: tuple[int, ...], num_accepted: tuple[int, ...]) -> None:
         """As `HybridCache.commit`, by the kernel that ran the window."""
         if self._is_deferring:
-            self._numba.commit_window(self.trunk, state_slots, num_accepted)
+            self._kernels.commit_window(self.trunk, state_slots, num_accepted)
         else:
             self.cache.commit(state_slots, num_accepted)
 
     def settle(self) -> None:
         """Take accepted rows into the states now, for others to read."""
-        if self.trunk.prepared is None:
-            return
-        pending = self._numba.pending_rows(self.trunk)
-        slots = tuple(pending.nonzero()[0].tolist())
-        if slots and self.model.config.num_linear_layers:
-            self.cache.commit(slots, tuple(pending[list(slots)].tolist()))
-        pending[:] = 0
+        self._kernels.settle(self.trunk, self.cache.commit)
 
     @property
-    def _numba(self) -> Any:
-        """The kernel's module, which is loaded when a CPU first needs it."""
-        from qnext.kernels.decode_step import numba
-
-        return numba
+    def _kernels(self) -> Any:
+        """The kernels' module, which is loaded when it is first needed."""
+        is_gpu = self.model.device.type == "cuda"
+        return import_module(_KERNELS_GPU if is_gpu else _KERNELS_CPU)
 
     def _rows(self, windows: Sequence[SequenceRows], hidden: Tensor | None) -> WindowRows:
         def make_batch() -> ForwardBatch:
@@ -159,6 +158,8 @@ class FusedSteps:
 
         def run(rows: WindowRows) -> StepOutput:
             self.settle()
+            for slot in rows.state_slots:
+                self._kernels.start_slot(self.trunk, slot)
             batch = rows.make_batch()
             if rows.hidden is None:
                 hidden = model(batch, self.cache)

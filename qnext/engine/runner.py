@@ -95,8 +95,8 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.device = model.device
-        # The whole-step kernel knows the layers of Qwen3Next, not those of its stand-ins.
-        has_fused = self.device.type == "cpu" and isinstance(model, Qwen3Next)
+        # The whole-step kernels know the layers of Qwen3Next, not those of its stand-ins.
+        has_fused = self.device.type in ("cpu", "cuda") and isinstance(model, Qwen3Next)
         self._fused = FusedSteps(model, cache, max_positions) if has_fused else None
         self.max_window = cache.state_pool.max_window
         self.chunk_tokens = chunk_tokens
@@ -233,7 +233,11 @@ class ModelRunner:
         windows = [SequenceRows(r, r.token_ids[-1:], r.num_computed) for r in requests]
         if not self._fused.can_take_rounds(windows):
             return None
-        draft_rows = self._step_zero_rows(requests) if num_drafts else None
+        draft_rows = None
+        if num_drafts:
+            # A captured round has room for one window of rows.
+            is_gpu = self.device.type == "cuda"
+            draft_rows = self._step_zero_rows(requests, num_drafts + 1 if is_gpu else None)
         return self._fused.take_rounds(windows, draft_rows, num_drafts, max_rounds, end_token_ids)
 
     @torch.inference_mode()
@@ -286,12 +290,18 @@ class ModelRunner:
         if pending.num_rows > MAX_PENDING_ROWS:
             self._catch_up(request, leave=1)  # the token after the last row is not known yet
 
-    def _step_zero_rows(self, requests: Sequence[Request]) -> tuple[list[SequenceRows], Tensor]:
-        """Draft-layer rows of the tokens decided since the last drafts; few enough for a window."""
+    def _step_zero_rows(
+        self, requests: Sequence[Request], most: int | None = None
+    ) -> tuple[list[SequenceRows], Tensor]:
+        """Draft-layer rows of the tokens decided since the last drafts.
+
+        Args:
+            most: rows of a sequence; None for as many as a window may have.
+        """
         rows, parts = [], []
         for request in requests:
             pending = self._pending[request.request_id]
-            if pending.num_rows > self.max_window:
+            if pending.num_rows > (most or self.max_window):
                 self._catch_up(request, leave=1)
             start, count = pending.start, pending.num_rows
             parts.append(pending.take(count))

@@ -5,6 +5,7 @@ named, the fastest backend whose `supports` has no objection does, and the refer
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +15,18 @@ from typing import Any
 
 import torch
 
+from qnext.kernels.add_rms_norm.reference import add_rms_norm_reference
 from qnext.kernels.attention import torch as attention_torch_module
 from qnext.kernels.attention.reference import attention_reference
+from qnext.kernels.attention_inputs.reference import attention_inputs_reference
 from qnext.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_reference
 from qnext.kernels.decide_token.reference import decide_token_reference
 from qnext.kernels.decode_step.reference import decode_step_reference
+from qnext.kernels.delta_inputs.reference import delta_inputs_reference
 from qnext.kernels.experts import torch as experts_torch_module
 from qnext.kernels.experts.reference import experts_reference
+from qnext.kernels.experts_shared.reference import experts_shared_reference
 from qnext.kernels.gated_delta_rule import torch as delta_torch_module
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
@@ -36,6 +41,8 @@ from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.rotary.reference import rotary_reference
 from qnext.kernels.router.reference import router_reference
+from qnext.kernels.sigmoid_gate.reference import sigmoid_gate_reference
+from qnext.kernels.silu_mul.reference import silu_mul_reference
 from qnext.kernels.swiglu.reference import swiglu_reference
 
 BACKENDS = ("reference", "torch", "numba", "triton")
@@ -135,6 +142,8 @@ def _numba_kernel(
     def supports(*args: Any, **kwargs: Any) -> str | None:
         if torch.compiler.is_compiling():
             return "inside a compiled graph"
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu":
+            return f"the inputs are on {args[0].device}"
         if takes_tensors and torch.is_grad_enabled():
             return "it has no gradient, and gradients are on"
         reason: str | None = import_module(module).supports(*args, **kwargs)
@@ -147,6 +156,42 @@ def _numba_kernel(
     return Kernel("numba", function, supports, serves, objection)
 
 
+def _triton_kernel(
+    name: str, serves: str, device_of: Callable[..., torch.device] = lambda x, *rest, **named: x.device
+) -> Kernel:
+    """A kernel whose module, and Triton with it, is loaded when a GPU first needs it.
+
+    Under Triton's interpreter it runs on CPUs too, when it is named.
+
+    Args:
+        device_of: where the inputs of a call are.
+    """
+    module = f"qnext.kernels.{name}.triton_fwd"
+
+    def supports(*args: Any, **kwargs: Any) -> str | None:
+        if torch.compiler.is_compiling():
+            return "inside a compiled graph"
+        device = device_of(*args, **kwargs)
+        if device.type != "cuda" and "triton" not in (_named.get(name), _named.get("*")):
+            return f"the inputs are on {device}, not on a GPU"
+        if (objection := _triton_objection()) is not None:
+            return objection
+        reason: str | None = import_module(module).supports(*args, **kwargs)
+        return reason
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), f"{name}_triton")(*args, **kwargs)
+
+    return Kernel("triton", function, supports, serves, _triton_objection)
+
+
+def _triton_objection() -> str | None:
+    if not find_spec("triton"):
+        return "triton is not installed"
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return None if torch.cuda.is_available() or is_interpreted else "there is no GPU"
+
+
 def _numba_objection() -> str | None:
     if torch.cuda.is_available():
         return "it runs on CPUs, and the default device is a GPU"
@@ -155,10 +200,33 @@ def _numba_objection() -> str | None:
 
 _CPU_ROWS = "fp32 rows on a CPU, no gradients"
 
-rms_norm = Op("rms_norm", rms_norm_reference, (_numba_kernel("rms_norm", _CPU_ROWS),))
-gated_rms_norm = Op(
-    "gated_rms_norm", gated_rms_norm_reference, (_numba_kernel("gated_rms_norm", _CPU_ROWS),)
+_GPU_ROWS = "fp32, bf16 and fp16 on a GPU"
+
+rms_norm = Op(
+    "rms_norm",
+    rms_norm_reference,
+    (_numba_kernel("rms_norm", _CPU_ROWS), _triton_kernel("rms_norm", _GPU_ROWS)),
 )
+gated_rms_norm = Op(
+    "gated_rms_norm",
+    gated_rms_norm_reference,
+    (_numba_kernel("gated_rms_norm", _CPU_ROWS), _triton_kernel("gated_rms_norm", _GPU_ROWS)),
+)
+add_rms_norm = Op(
+    "add_rms_norm", add_rms_norm_reference, (_triton_kernel("add_rms_norm", _GPU_ROWS),)
+)
+delta_inputs = Op(
+    "delta_inputs", delta_inputs_reference, (_triton_kernel("delta_inputs", _GPU_ROWS),)
+)
+attention_inputs = Op(
+    "attention_inputs",
+    attention_inputs_reference,
+    (_triton_kernel("attention_inputs", _GPU_ROWS),),
+)
+sigmoid_gate = Op(
+    "sigmoid_gate", sigmoid_gate_reference, (_triton_kernel("sigmoid_gate", _GPU_ROWS),)
+)
+silu_mul = Op("silu_mul", silu_mul_reference, (_triton_kernel("silu_mul", _GPU_ROWS),))
 l2_norm = Op("l2_norm", l2_norm_reference, (_numba_kernel("l2_norm", _CPU_ROWS),))
 rotary = Op("rotary", rotary_reference)
 linear = Op(
@@ -174,23 +242,43 @@ decide_token = Op(
     decide_token_reference,
     (_numba_kernel("decide_token", "rows on the host", False),),
 )
-decode_step = Op("decode_step", decode_step_reference, (_numba_kernel("decode_step"),))
+decode_step = Op(
+    "decode_step",
+    decode_step_reference,
+    (
+        _numba_kernel("decode_step"),
+        _triton_kernel(
+            "decode_step", "windows on a GPU", device_of=lambda step, rows: step.keys.device
+        ),
+    ),
+)
 linear_cross_entropy = Op(
     "linear_cross_entropy",
     linear_cross_entropy_reference,
-    _torch_kernel(linear_cross_entropy_torch_module, "linear_cross_entropy"),
+    (
+        _triton_kernel("linear_cross_entropy", _GPU_ROWS),
+        *_torch_kernel(linear_cross_entropy_torch_module, "linear_cross_entropy"),
+    ),
 )
 causal_conv1d = Op(
     "causal_conv1d", causal_conv1d_reference, (_numba_kernel("causal_conv1d", _CPU_ROWS),)
 )
 causal_conv1d_window = Op("causal_conv1d_window", causal_conv1d_window_reference)
-router = Op("router", router_reference, (_numba_kernel("router", _CPU_ROWS),))
+router = Op(
+    "router",
+    router_reference,
+    (_numba_kernel("router", _CPU_ROWS), _triton_kernel("router", _GPU_ROWS)),
+)
+experts_shared = Op(
+    "experts_shared", experts_shared_reference, (_triton_kernel("experts_shared", _GPU_ROWS),)
+)
 gated_delta_window = Op("gated_delta_window", gated_delta_window_reference)
 experts = Op(
     "experts",
     experts_reference,
     (
         _numba_kernel("experts", "fp32 rows on a CPU with bf16 weights"),
+        _triton_kernel("experts", _GPU_ROWS),
         *_torch_kernel(experts_torch_module, "experts", "whole 16-byte rows, bf16 on a GPU"),
     ),
 )
@@ -213,6 +301,7 @@ gated_delta_rule = Op(
     gated_delta_rule_reference,
     (
         _numba_kernel("gated_delta_rule", _CPU_ROWS),
+        _triton_kernel("gated_delta_rule", _GPU_ROWS),
         *_torch_kernel(delta_torch_module, "gated_delta_rule"),
     ),
 )

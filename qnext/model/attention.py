@@ -6,6 +6,7 @@ from torch import nn
 from qnext.cache.hybrid import HybridCache
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
+from qnext.kernels.attention_inputs.reference import AttentionSizes
 from qnext.model.batch import ForwardBatch
 from qnext.model.linear import project
 from qnext.model.norm import RMSNorm
@@ -44,6 +45,17 @@ class GatedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows to rotated heads: q [T, Hq, D], k and v [T, Hkv, D], gate [T, Hq * D]."""
         fused = project(x, self.qkv_proj, batch)
+        if fused.is_cuda:  # one pass over the rows
+            sizes = AttentionSizes(self.num_heads, self.num_kv_heads, self.head_dim)
+            q, k, v, gate = dispatch.attention_inputs(
+                fused,
+                self.q_norm.weight,
+                self.k_norm.weight,
+                *rotation,
+                eps=self.q_norm.eps,
+                sizes=sizes,
+            )
+            return q, k, v, gate
         q, gate, k, v = fused.split(self.sizes, dim=-1)
         q = self.q_norm(q.reshape(-1, self.num_heads, self.head_dim))
         k = self.k_norm(k.reshape(-1, self.num_kv_heads, self.head_dim))
@@ -52,6 +64,8 @@ class GatedAttention(nn.Module):
 
     def finish(self, heads: torch.Tensor, gate: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """Gate the read-out and project it. heads: [T, Hq, D]; gate: [T, Hq * D]"""
+        if heads.is_cuda:
+            return project(dispatch.sigmoid_gate(heads, gate), self.o_proj, batch)
         wide = torch.promote_types(heads.dtype, torch.float32)
         gated = heads.flatten(1).to(wide) * torch.sigmoid(gate.to(wide))
         return project(gated.to(heads.dtype), self.o_proj, batch)

@@ -7,6 +7,7 @@ from torch import nn
 from qnext.cache.hybrid import HybridCache
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
+from qnext.kernels.delta_inputs.reference import DeltaSizes
 from qnext.model.batch import ForwardBatch
 from qnext.model.linear import project
 from qnext.model.norm import GatedRMSNorm
@@ -47,14 +48,12 @@ class GatedDeltaNet(nn.Module):
     ) -> torch.Tensor:
         """Mix tokens. x: [T, C]; with a cache the states advance as the batch says."""
         fused = project(x, self.in_proj, batch)
-        mixed, z, b, a = fused.split(self.sizes, dim=-1)
         if cache is None:
-            heads = self._packed(mixed, b, a, batch)
+            heads, z = self._packed(fused, batch)
         elif batch.is_window:
-            heads = self._window(mixed, b, a, batch, cache)
+            heads, z = self._window(fused, batch, cache)
         else:
-            heads = self._prefill(mixed, b, a, batch, cache)
-        z = z.reshape(-1, self.num_value_heads, self.value_head_dim)
+            heads, z = self._prefill(fused, batch, cache)
         gated = self.norm(heads, z).flatten(1)  # [T, Hv * V]
         return project(gated, self.out_proj, batch)
 
@@ -74,40 +73,65 @@ class GatedDeltaNet(nn.Module):
         g = -rate * F.softplus(a.to(wide) + self.dt_bias.to(wide))
         return torch.sigmoid(b.to(wide)), g
 
-    def _packed(
-        self, mixed: torch.Tensor, b: torch.Tensor, a: torch.Tensor, batch: ForwardBatch
-    ) -> torch.Tensor:
-        mixed = dispatch.causal_conv1d(mixed, self.conv1d, batch.local_positions)
-        q, k, v = self._heads(mixed)
+    def _inputs(
+        self,
+        fused: torch.Tensor,
+        local_positions: torch.Tensor,
+        history: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Projected rows [T, ...] to q, k, v, the log decay g, beta and z, by head.
+
+        Args:
+            local_positions, history: as for `causal_conv1d_reference`.
+        """
+        if fused.is_cuda:  # one pass over the rows
+            inputs: tuple[torch.Tensor, ...] = dispatch.delta_inputs(
+                fused,
+                self.conv1d,
+                self.A_log,
+                self.dt_bias,
+                local_positions,
+                sizes=DeltaSizes(
+                    self.num_key_heads,
+                    self.num_value_heads,
+                    self.key_head_dim,
+                    self.value_head_dim,
+                ),
+                history=history,
+            )
+            return inputs
+        mixed, z, b, a = fused.split(self.sizes, dim=-1)
+        q, k, v = self._heads(dispatch.causal_conv1d(mixed, self.conv1d, local_positions, history))
         beta, g = self._gates(b, a)
+        return q, k, v, g, beta, z.reshape(-1, self.num_value_heads, self.value_head_dim)
+
+    def _packed(
+        self, fused: torch.Tensor, batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read-out and gate of packed sequences, both [T, Hv, V]; as for the two others."""
+        q, k, v, g, beta, z = self._inputs(fused, batch.local_positions)
         heads, _ = dispatch.gated_delta_rule(
             q, k, v, g, beta, cu_seqlens=batch.cu_seqlens, row_tokens=batch.row_tokens
         )
-        out: torch.Tensor = heads
-        return out
+        return heads, z
 
     def _prefill(
-        self,
-        mixed: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        batch: ForwardBatch,
-        cache: HybridCache,
-    ) -> torch.Tensor:
+        self, fused: torch.Tensor, batch: ForwardBatch, cache: HybridCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.seq_lens is not None, "a batch with a cache has host lengths"
         pool = cache.state_pool
         conv_state = pool.conv_state[self.layer_idx]
         slots = batch.state_slots
-        width = self.conv1d.shape[1]
-        convolved = []
-        for slot, part in zip(slots.tolist(), mixed.split(batch.seq_lens), strict=True):
+        taps = self.conv1d.shape[1] - 1
+        parts = []
+        for slot, part in zip(slots.tolist(), fused.split(batch.seq_lens), strict=True):
             steps = torch.arange(part.shape[0], device=part.device)
             history = conv_state[slot].clone()
-            convolved.append(dispatch.causal_conv1d(part, self.conv1d, steps, history))
-            recent = part[max(0, part.shape[0] - (width - 1)) :].t().to(history.dtype)
+            parts.append(self._inputs(part, steps, history))
+            recent = part[max(0, part.shape[0] - taps) :, : self.sizes[0]].t().to(history.dtype)
             conv_state[slot] = torch.cat([history, recent], dim=1)[:, recent.shape[1] :]
-        q, k, v = self._heads(torch.cat(convolved) if len(convolved) > 1 else convolved[0])
-        beta, g = self._gates(b, a)
+        joined = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
+        q, k, v, g, beta, z = joined
         heads, final = dispatch.gated_delta_rule(
             q,
             k,
@@ -118,18 +142,13 @@ class GatedDeltaNet(nn.Module):
             initial_state=pool.recurrent_state[self.layer_idx, slots],
         )
         pool.recurrent_state[self.layer_idx, slots] = final
-        out: torch.Tensor = heads
-        return out
+        return heads, z
 
     def _window(
-        self,
-        mixed: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        batch: ForwardBatch,
-        cache: HybridCache,
-    ) -> torch.Tensor:
+        self, fused: torch.Tensor, batch: ForwardBatch, cache: HybridCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.seq_lens is not None, "a batch with a cache has host lengths"
+        mixed, z, b, a = fused.split(self.sizes, dim=-1)
         pool = cache.state_pool
         convolved = dispatch.causal_conv1d_window(
             mixed, self.conv1d, pool.conv_state[self.layer_idx], batch.state_slots, batch.seq_lens
@@ -156,5 +175,4 @@ class GatedDeltaNet(nn.Module):
             decays=decay[:rows],
             inputs=mixed[:rows],
         )
-        out: torch.Tensor = heads
-        return out
+        return heads, z.reshape(-1, self.num_value_heads, self.value_head_dim)

@@ -5,6 +5,7 @@ from torch import nn
 
 from qnext.cache.hybrid import HybridCache
 from qnext.config.model import ModelConfig
+from qnext.kernels import dispatch
 from qnext.model.attention import GatedAttention, Rotation
 from qnext.model.batch import ForwardBatch
 from qnext.model.gated_delta_net import GatedDeltaNet
@@ -47,8 +48,14 @@ class DecoderLayer(nn.Module):
         """Run the layer. x: [T, C]; rotation: cos and sin [T, R / 2] of the tokens' positions."""
         normed = self.input_layernorm(x)
         if isinstance(self.mixer, GatedAttention):
-            x = x + self.mixer(normed, rotation, batch, cache)
+            mixed = self.mixer(normed, rotation, batch, cache)
         else:
-            x = x + self.mixer(normed, batch, cache)
-        out, stats = self.mlp(self.post_attention_layernorm(x), batch)
+            mixed = self.mixer(normed, batch, cache)
+        norm = self.post_attention_layernorm
+        if x.is_cuda:  # one pass over the rows
+            normed, x = dispatch.add_rms_norm(mixed, x, norm.weight, norm.eps)
+        else:
+            x = x + mixed
+            normed = norm(x)
+        out, stats = self.mlp(normed, batch)
         return x + out, stats

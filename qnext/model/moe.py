@@ -67,6 +67,14 @@ class MixtureOfExperts(nn.Module):
         weights, ids, logits = dispatch.router(
             rows, self.gate, self.top_k, self.norm_topk_prob, row_stable=batch.row_stable
         )
+        if self.has_shared and rows.is_cuda and not batch.row_stable:
+            # The shared expert is added in the pass that adds up the others.
+            gate = project(x, self.shared_expert_gate, batch)
+            shared = _swiglu(x, self.shared_gate_up, self.shared_down, batch)
+            mixed = dispatch.experts_shared(
+                rows, self.experts_gate_up, self.experts_down, weights, ids, shared, gate
+            )
+            return mixed, None if batch.cache_inputs is not None else _stats(logits, ids)
         routed = dispatch.experts(
             rows,
             self.experts_gate_up,
@@ -99,6 +107,8 @@ def _stats(logits: torch.Tensor, ids: torch.Tensor) -> RouterStats:
 def _swiglu(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, batch: ForwardBatch
 ) -> torch.Tensor:
+    if x.is_cuda and not batch.row_stable:
+        return project(dispatch.silu_mul(project(x, gate_up, batch)), down, batch)
     if not batch.row_stable:
         out: torch.Tensor = dispatch.swiglu(x, gate_up, down)
         return out

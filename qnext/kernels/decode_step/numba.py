@@ -6,7 +6,7 @@ any number of layers of any sizes; the model's own matrices are read where they 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +155,27 @@ def pending_rows(step: DecodeStep) -> np.ndarray:
     """Rows of each slot's last window that are accepted and not yet in its states. [slots]"""
     prepared: Prepared = step.prepared
     return prepared.room[F.PENDING]
+
+
+def start_slot(step: DecodeStep, slot: int) -> None:
+    """A sequence begins in a slot, or its states were changed by others than these kernels."""
+    if step.prepared is not None:
+        pending_rows(step)[slot] = 0
+
+
+def settle(step: DecodeStep, commit: Callable[[tuple[int, ...], tuple[int, ...]], None]) -> None:
+    """Take accepted rows into the states now, for others to read.
+
+    Args:
+        commit: as `HybridCache.commit`.
+    """
+    if step.prepared is None:
+        return
+    pending = pending_rows(step)
+    slots = tuple(pending.nonzero()[0].tolist())
+    if slots and step.config.num_linear_layers:
+        commit(slots, tuple(pending[list(slots)].tolist()))
+    pending[:] = 0
 
 
 def read_weights(step: DecodeStep) -> None:

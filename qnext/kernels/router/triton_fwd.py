@@ -1,0 +1,106 @@
+"""Choice of experts for many rows: a product, then a program for each row's softmax and top-k."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qnext.kernels.gpu_rows import rows_objection
+from qnext.kernels.norm_router.triton_fwd import choose_experts
+
+MAX_EXPERTS = 1024
+
+
+def supports(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, norm_topk_prob: bool, row_stable: bool
+) -> str | None:
+    """Say why this backend cannot run, or None."""
+    if row_stable:
+        return "row by row it has no kernel"
+    if weight.shape[0] > MAX_EXPERTS:
+        return f"{weight.shape[0]} experts, more than {MAX_EXPERTS}"
+    return rows_objection(x)
+
+
+def router_triton(
+    x: torch.Tensor, weight: torch.Tensor, top_k: int, norm_topk_prob: bool, row_stable: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `router_reference`; equal logits go to the lowest id."""
+    weight = weight.to(x.dtype)
+    if x.dtype != torch.float32 and x.is_cuda and not torch.is_grad_enabled():
+        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = (x @ weight.t()).float()
+    weights, ids = RouterFunction.apply(logits, top_k, norm_topk_prob)
+    return weights, ids, logits
+
+
+class RouterFunction(torch.autograd.Function):
+    """Keeps the choice alone. Normalised weights are a softmax of the chosen logits by themselves.
+
+    Then d logit_a = w_a (d w_a - sum_b w_b d w_b); else the sum runs on to the other experts, who
+    get -p_e sum_b w_b d w_b.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, top_k: int, norm_topk_prob: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = router_fwd(logits, top_k, norm_topk_prob)
+        ctx.norm_topk_prob = norm_topk_prob
+        ctx.save_for_backward(weights, ids, logits)
+        ctx.mark_non_differentiable(ids)
+        return weights, ids
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_weights: torch.Tensor, grad_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        weights, ids, logits = ctx.saved_tensors
+        weighted = weights * grad_weights
+        total = weighted.sum(-1, keepdim=True)
+        if ctx.norm_topk_prob:
+            return torch.zeros_like(logits).scatter_(1, ids, weighted - weights * total), None, None
+        grad = -logits.softmax(-1) * total
+        return grad.scatter_add_(1, ids, weighted), None, None
+
+
+def router_fwd(
+    logits: torch.Tensor, top_k: int, norm_topk_prob: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the kernel. logits: [T, E], fp32. Returns weights [T, A], fp32, and ids, int64"""
+    num_rows, num_experts = logits.shape
+    weights = torch.empty(num_rows, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(num_rows, top_k, dtype=torch.int64, device=logits.device)
+    if num_rows:
+        router_fwd_kernel[(num_rows,)](
+            logits.contiguous(),
+            weights,
+            ids,
+            E=num_experts,
+            A=top_k,
+            IS_NORMED=norm_topk_prob,
+            BE=triton.next_power_of_2(num_experts),
+            BA=triton.next_power_of_2(top_k),
+            num_warps=1 if num_experts <= 256 else 2,
+        )
+    return weights, ids
+
+
+@triton.jit
+def router_fwd_kernel(
+    p_logits: tl.tensor,
+    p_weights: tl.tensor,
+    p_ids: tl.tensor,
+    E: tl.constexpr,
+    A: tl.constexpr,
+    IS_NORMED: tl.constexpr,
+    BE: tl.constexpr,
+    BA: tl.constexpr,
+) -> None:
+    """One program per row."""
+    i_t = tl.program_id(0).to(tl.int64)
+    choose_experts(
+        p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA
+    )

@@ -1,0 +1,73 @@
+"""Whole steps and rounds of the GPU's kernels write what the model's own layers write."""
+
+import pytest
+
+from qnext.engine import fused
+from qnext.engine.request import SamplingParams
+from qnext.kernels.dispatch import use_backend
+from tests.engine.tiny import greedy, id_prompts, step_by_step, tiny_llm, tiny_model, token_ids
+from tests.kernels.triton_env import DEVICE, IS_INTERPRETED
+
+pytest.importorskip("triton")
+
+NUM_TOKENS = 6 if IS_INTERPRETED else 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model().to(DEVICE)
+
+
+@pytest.fixture
+def triton_steps(monkeypatch):
+    """The GPU's whole steps, on a CPU under the interpreter."""
+    if IS_INTERPRETED:
+        monkeypatch.setattr(fused, "_KERNELS_CPU", fused._KERNELS_GPU)
+        monkeypatch.setattr(fused, "_ROUNDS_CPU", fused._ROUNDS_GPU)
+    with use_backend("triton", op="decode_step"):
+        yield
+
+
+def expected_tokens(model, prompts, params, num_drafts):
+    with use_backend("reference", op="decode_step"):
+        llm = tiny_llm(model, num_speculative_tokens=num_drafts)
+        return token_ids(llm.generate(prompts, params))
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_greedy_text_is_that_of_the_layers(model, triton_steps, num_drafts, goes_on):
+    prompts, params = id_prompts(3, 17, 9), greedy(NUM_TOKENS)
+    expected = expected_tokens(model, prompts, params, 0)
+    llm = tiny_llm(model, num_speculative_tokens=num_drafts)
+    if not goes_on:
+        step_by_step(llm)
+    assert token_ids(llm.generate(prompts, params)) == expected
+    if num_drafts:
+        assert llm.engine.metrics.num_accepted_tokens > 0
+
+
+def test_sampled_text_is_that_of_the_layers(model, triton_steps):
+    prompts = id_prompts(3, 12)
+    params = [
+        SamplingParams(max_tokens=NUM_TOKENS, seed=3),
+        SamplingParams(max_tokens=NUM_TOKENS, temperature=0.7, top_k=20, top_p=0.9, seed=5),
+    ]
+    expected = expected_tokens(model, prompts, params, 0)
+    llm = tiny_llm(model, num_speculative_tokens=0)
+    assert token_ids(llm.generate(prompts, params)) == expected
+
+
+def test_states_settle_to_those_of_the_layers(model, triton_steps):
+    prompt, params = id_prompts(9), greedy(NUM_TOKENS)
+    found = []
+    for backend in ("triton", "reference"):
+        with use_backend(backend, op="decode_step"):
+            llm = tiny_llm(model, num_speculative_tokens=2, max_num_seqs=1)
+            llm.generate(prompt, params)
+            llm.engine.runner.settle()
+            pool = llm.engine.runner.cache.state_pool
+            found.append((pool.recurrent_state[:, 0].clone(), pool.conv_state[:, 0].clone()))
+    # One may have drafted beyond the other's end, but both texts ended with the same token.
+    for ours, expected in zip(*found, strict=True):
+        assert float((ours - expected).norm() / expected.norm()) < 1e-4
