@@ -65,11 +65,12 @@ def advance_rounds_kernel(
     i_round = tl.load(p_round)
     o_q = tl.arange(0, BQ)
     m_q = o_q < Q
-    tokens = tl.load(p_tokens + n * Q + o_q, mask=m_q, other=0)
     accepted = 0
     if Q > 1:
         accepted = tl.load(p_accepted + n)
     count = tl.where(is_real, accepted + 1, 0)
+    # What lies behind them was never written.
+    tokens = tl.load(p_tokens + n * Q + o_q, mask=m_q & (o_q < count), other=0)
     tl.store(p_log_tokens + (i_round * num_seqs + n) * Q + o_q, tokens, mask=m_q)
     last = tl.sum(tl.where(o_q == accepted, tokens, 0), 0)
     logit = tl.load(p_logits + (n * Q + accepted).to(tl.int64) * W + last, mask=is_real, other=0.0)
