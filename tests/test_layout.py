@@ -17,7 +17,7 @@ PACKAGE = REPO_ROOT / "qnext"
 # From the top down; folders in one entry are siblings and don't import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("rl",),
+    ("rl", "bench"),
     ("train", "server"),
     ("eval", "inspect"),
     ("engine", "data"),

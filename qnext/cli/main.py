@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "turn texts into deduplicated, tokenised, memory-mapped shards",
     "train": "pretrain or fine-tune a model from a TOML file",
     "eval": "measure a checkpoint: bits per byte of texts",
+    "bench": "measure kernels, serving and training on one GPU",
     "doctor": "show versions, CPU and GPU features, and the backend chosen for each op",
 }
 

@@ -30,26 +30,25 @@ def build_batch(
             of a prompt.
     """
     token_ids: list[int] = []
-    position_ids: list[int] = []
-    slot_mapping: list[int] = []
+    position_ids, slot_mapping = [], []
     bounds = [0]
     for rows in sequences:
-        pages = rows.request.page_ids
-        positions = range(rows.start, rows.start + len(rows.token_ids))
         token_ids += rows.token_ids
-        position_ids += positions
-        slot_mapping += [pages[p // page_size] * page_size + p % page_size for p in positions]
+        positions = torch.arange(rows.start, rows.start + len(rows.token_ids))
+        pages = torch.tensor(rows.request.page_ids)
+        position_ids.append(positions)
+        slot_mapping.append(pages[positions // page_size] * page_size + positions % page_size)
         bounds.append(len(token_ids))
     cache_inputs = CacheInputs(
         page_table=_page_table(sequences, page_size).to(device, non_blocking=True),
-        slot_mapping=torch.tensor(slot_mapping, device=device),
+        slot_mapping=torch.cat(slot_mapping).to(device),
         context_lens=tuple(rows.start for rows in sequences),
         state_slots=tuple(state_slot(rows.request) for rows in sequences),
         is_window=is_window,
     )
     return ForwardBatch(
         token_ids=torch.tensor(token_ids, device=device),
-        position_ids=torch.tensor(position_ids, device=device),
+        position_ids=torch.cat(position_ids).to(device),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device),
         seq_lens=tuple(len(rows.token_ids) for rows in sequences),
         cache_inputs=cache_inputs,

@@ -23,7 +23,6 @@ from qnext.engine.request import (
 )
 from qnext.engine.sizing import (
     PAGE_SIZE,
-    PREFILL_CHUNK_TOKENS,
     engine_options,
 )
 from qnext.engine.text import OutputText, TextSegment
@@ -129,7 +128,7 @@ class LLM:
         seed: int = 0,
         num_speculative_tokens: int | str = "auto",
         kv_cache_memory_bytes: int | None = None,
-        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+        prefill_chunk_tokens: int | None = None,
         page_size: int = PAGE_SIZE,
     ) -> "LLM":
         """Serve a model that is in memory already, on its device and in its dtype.
@@ -381,7 +380,9 @@ class LLM:
 def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -> None:
     if not ids:
         raise ValueError(f"{name} is empty; want at least one token")
-    for idx, token_id in enumerate(ids):
+    # A long prompt is looked at as a whole; what is wrong with a bad one is told token by token.
+    is_good = all(type(i) is int for i in ids) and min(ids) >= 0 and max(ids) < vocab_size
+    for idx, token_id in enumerate(() if is_good else ids):
         is_integer = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not is_integer or not 0 <= token_id < vocab_size:
             raise ValueError(

@@ -8,7 +8,7 @@ from qnext.engine.request import check_drafts, require_integer
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.log import get_logger, log_once
 
-PREFILL_CHUNK_TOKENS = 512
+PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # rows enough for large products
 PAGE_SIZE = 64
 AUTO_MAX_DRAFTS = 4
 DEFAULT_MAX_SEQS = {"cpu": 8, "cuda": 32}
@@ -25,7 +25,7 @@ def engine_options(
     max_num_seqs: int | None,
     num_speculative_tokens: int | str,
     kv_cache_memory_bytes: int | None,
-    prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
+    prefill_chunk_tokens: int | None = None,
     page_size: int = PAGE_SIZE,
 ) -> EngineOptions:
     """Resolve every size that was left open; arguments as for `LLM`.
@@ -48,6 +48,8 @@ def engine_options(
     if max_num_seqs is None:
         max_num_seqs = DEFAULT_MAX_SEQS.get(model.device.type, DEFAULT_MAX_SEQS["cpu"])
     require_integer("max_num_seqs", max_num_seqs, 1)
+    if prefill_chunk_tokens is None:
+        prefill_chunk_tokens = PREFILL_CHUNK_TOKENS.get(model.device.type, 512)
     require_integer("prefill_chunk_tokens", prefill_chunk_tokens, 1)
     require_integer("page_size", page_size, 1)
     longest = model.config.max_position_embeddings

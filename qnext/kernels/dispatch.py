@@ -157,7 +157,9 @@ def _numba_kernel(
 
 
 def _triton_kernel(
-    name: str, serves: str, device_of: Callable[..., torch.device] = lambda x, *rest, **named: x.device
+    name: str,
+    serves: str,
+    device_of: Callable[..., torch.device] = lambda x, *rest, **named: x.device,
 ) -> Kernel:
     """A kernel whose module, and Triton with it, is loaded when a GPU first needs it.
 

@@ -124,7 +124,11 @@ class GatedDeltaNet(nn.Module):
         slots = batch.state_slots
         taps = self.conv1d.shape[1] - 1
         parts = []
-        for slot, part in zip(slots.tolist(), fused.split(batch.seq_lens), strict=True):
+        assert batch.cache_inputs is not None, "a batch with a cache names its places"
+        known = (
+            batch.cache_inputs.state_slots
+        )  # of the host: a look at the device would wait for it
+        for slot, part in zip(known, fused.split(batch.seq_lens), strict=True):
             steps = torch.arange(part.shape[0], device=part.device)
             history = conv_state[slot].clone()
             parts.append(self._inputs(part, steps, history))

@@ -196,7 +196,7 @@ def test_extreme_logits_leave_the_one_token(scale):
     logits[:, 4099] = scale
     ours = sampled(logits, fields_of(SETTINGS))
     assert ours.tokens.tolist() == [4099] * len(SETTINGS)
-    assert ours.logprobs.tolist() == [0.0] * len(SETTINGS)
+    assert ours.logprobs.abs().max() < 1e-6
 
 
 def test_a_rows_result_does_not_depend_on_the_rows_beside_it():

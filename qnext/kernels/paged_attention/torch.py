@@ -59,6 +59,8 @@ def _block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, scale: float
 ) -> torch.Tensor:
     num_rows, num_keys = q.shape[2], k.shape[2]
+    if first > 0 and num_rows > 1 and _takes_flash(q):
+        return _flash_block(q, k, v, scale)
     if first == 0 or num_rows == 1:
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=num_rows > 1, scale=scale, enable_gqa=True
@@ -68,3 +70,27 @@ def _block(
         mask = torch.arange(num_keys, device=q.device) <= rows
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _takes_flash(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+
+
+def _flash_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Rows that end where the keys end. q: [1, Hq, rows, D]; k, v: [1, Hkv, L, D]
+
+    FlashAttention aligns the causal mask with the last key and shares keys between query heads; the
+    public function of torch aligns it with the first, and takes slower kernels with any other mask.
+    """
+    bounds = [torch.tensor([0, x.shape[2]], dtype=torch.int32, device=q.device) for x in (q, k)]
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        *(x[0].transpose(0, 1) for x in (q, k, v)),
+        *bounds,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        True,
+        False,
+        scale=scale,
+    )[0]
+    return out

@@ -1,0 +1,1 @@
+"""What `qnext bench` measures on one device: kernels, serving and training."""
