@@ -156,10 +156,12 @@ def _numba_kernel(
     return Kernel("numba", function, supports, serves, objection)
 
 
+def _device_of_rows(x: torch.Tensor, *rest: Any, **named: Any) -> torch.device:
+    return x.device
+
+
 def _triton_kernel(
-    name: str,
-    serves: str,
-    device_of: Callable[..., torch.device] = lambda x, *rest, **named: x.device,
+    name: str, serves: str, device_of: Callable[..., torch.device] = _device_of_rows
 ) -> Kernel:
     """A kernel whose module, and Triton with it, is loaded when a GPU first needs it.
 
