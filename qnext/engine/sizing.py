@@ -8,7 +8,7 @@ from qnext.engine.request import check_drafts, require_integer
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.log import get_logger, log_once
 
-PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}  # rows enough for large products
+PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 32768}  # rows enough for large products
 PAGE_SIZE = 64
 AUTO_MAX_DRAFTS = 4
 DEFAULT_MAX_SEQS = {"cpu": 8, "cuda": 32}

@@ -5,7 +5,7 @@ States lag by the drafts that were accepted last: the next step replays them (se
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ def prepare(step: DecodeStep) -> Prepared:
             conv_ring=conv_state.new_zeros(layers, num_slots, ring_rows, width),
             counters=torch.zeros(128, dtype=torch.int32, device=device),
             rotation=(cos, sin),
+            use_pdl=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
         )
     )
     prepared: Prepared = step.prepared
@@ -183,7 +184,7 @@ def read_weights(step: DecodeStep) -> None:
     layers = layer_weights(step, known.rotation)
     if _addresses(layers) != _addresses(known.layers):
         prepared.graphs.clear()
-    prepared.tensors = StepTensors(step, layers, known.conv_ring, known.counters, known.rotation)
+    prepared.tensors = replace(known, layers=layers)
 
 
 def _addresses(value: Any) -> list[int]:

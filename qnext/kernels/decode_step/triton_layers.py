@@ -79,6 +79,8 @@ class StepTensors:
     Attributes:
         conv_ring: raw inputs of the last rows of each DeltaNet layer. [L, S, R, D + 2 * Hv]
         counters: zeros between launches, for the router's. int32
+        use_pdl: let a launch of few rows start under the tail of the one before (programmatic
+            dependent launch): weights are fetched while it waits for the rows.
     """
 
     step: DecodeStep
@@ -86,6 +88,7 @@ class StepTensors:
     conv_ring: torch.Tensor
     counters: torch.Tensor
     rotation: tuple[torch.Tensor, torch.Tensor]
+    use_pdl: bool
 
     @property
     def config(self) -> ModelConfig:
@@ -155,7 +158,16 @@ def logits_of(tensors: StepTensors, hidden: torch.Tensor) -> torch.Tensor:
     """Raw logits in fp32. hidden: [T, C]. Returns [T, W]"""
     head = tensors.parameter(tensors.step.head)
     if hidden.shape[0] <= FEW_ROWS:
-        return row_linear_fwd(hidden, head, None, None, None, eps=0.0, out_dtype=torch.float32)
+        return row_linear_fwd(
+            hidden,
+            head,
+            None,
+            None,
+            None,
+            eps=0.0,
+            out_dtype=torch.float32,
+            use_pdl=tensors.use_pdl,
+        )
     if hidden.dtype == torch.float32:
         return hidden @ head.t()
     return torch.mm(hidden, head.t(), out_dtype=torch.float32)
@@ -171,15 +183,27 @@ def _combine(tensors: StepTensors, embedded: torch.Tensor, hidden: torch.Tensor)
         ],
         dim=-1,
     )
-    return _project(joined, tensors.parameter("mtp.fc"))
+    return _project(tensors, joined, tensors.parameter("mtp.fc"))
 
 
 def _project(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None
+    tensors: StepTensors,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T, plus the residual."""
     if x.shape[0] <= FEW_ROWS:
-        return row_linear_fwd(x, weight, None, residual, None, eps=0.0, out_dtype=x.dtype)
+        return row_linear_fwd(
+            x,
+            weight,
+            None,
+            residual,
+            None,
+            eps=0.0,
+            out_dtype=x.dtype,
+            use_pdl=tensors.use_pdl,
+        )
     return F.linear(x, weight) if residual is None else torch.addmm(residual, x, weight.t())
 
 
@@ -200,10 +224,10 @@ def _run_layer(
         else:
             normed, x = add_rms_norm_fwd(added, x, layer.norm, eps)
         fused = F.linear(normed, layer.in_proj)
-    x = _project(_mix(tensors, layer, rows, fused), layer.out_proj, x)
+    x = _project(tensors, _mix(tensors, layer, rows, fused), layer.out_proj, x)
     if layer.router is None:
         normed = rms_norm_fwd(x, layer.mlp_norm, eps)
-        return _dense(layer, normed, x), None
+        return _dense(tensors, layer, normed, x), None
     return _mixture(tensors, layer, x)
 
 
@@ -211,6 +235,7 @@ def _mix(
     tensors: StepTensors, layer: LayerWeights, rows: DeviceRows, fused: torch.Tensor
 ) -> torch.Tensor:
     step = tensors.step
+    is_overlapped = tensors.use_pdl and fused.shape[0] <= FEW_ROWS
     if layer.heads is not None:
         window = Window(rows.page_table, rows.context_lens, rows.query_lens, step.page_size)
         return paged_attention_window_fwd(
@@ -221,18 +246,20 @@ def _mix(
             window,
             scale=step.config.head_dim**-0.5,
             keys_per_split=None,
-            use_pdl=False,
+            use_pdl=is_overlapped,
         )
     assert layer.delta is not None, "a layer is either of attention or of DeltaNet"
     memory = StepMemory(tensors.conv_ring[layer.mixer_idx], step.states[1][layer.mixer_idx])
     lens = StepRows(rows.state_slots, rows.query_lens, rows.context_lens, rows.num_pending)
-    return gated_delta_step_fwd(fused, layer.delta, memory, lens)
+    return gated_delta_step_fwd(fused, layer.delta, memory, lens, use_pdl=is_overlapped)
 
 
-def _dense(layer: LayerWeights, normed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _dense(
+    tensors: StepTensors, layer: LayerWeights, normed: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
     assert layer.shared_gate_up is not None and layer.shared_down is not None, "no MLP"
-    hidden = silu_mul_fwd(_project(normed, layer.shared_gate_up))
-    return _project(hidden, layer.shared_down, x)
+    hidden = silu_mul_fwd(_project(tensors, normed, layer.shared_gate_up))
+    return _project(tensors, hidden, layer.shared_down, x)
 
 
 def _mixture(
@@ -253,6 +280,7 @@ def _mixture(
             shared_logit=shared_logit,
             residual=x,
             scales=None,
+            use_pdl=tensors.use_pdl,
         )
         return summed, None
     shared = gate = None
@@ -282,6 +310,7 @@ def _route(
             top_k=top_k,
             norm_topk_prob=is_scaled,
             counters=tensors.counters,
+            use_pdl=tensors.use_pdl and x.shape[0] <= FEW_ROWS,
         )
     normed = rms_norm_fwd(x, layer.mlp_norm, config.rms_norm_eps)
     weights, ids, _ = dispatch.router(normed, layer.router, top_k, is_scaled, row_stable=False)
