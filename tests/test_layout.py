@@ -161,7 +161,7 @@ def signature_of(function: ast.FunctionDef) -> str:
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     marks = " ".join(ast.unparse(decorator) for decorator in function.decorator_list)
-    return "triton.jit" in marks or "njit" in marks
+    return any(mark in marks for mark in ("triton.jit", "gluon.jit", "njit"))
 
 
 FILES = python_files("qnext")

@@ -1,26 +1,25 @@
 """DeltaNet's decode step on a GPU: microseconds per launch beside the time its bytes need.
 
-    python -m benchmarks.ops.gated_delta_step [--state-dtype bfloat16] [--pdl] [--warps 4 8 16]
+    python -m benchmarks.ops.gated_delta_step [--kernel gluon triton] [--warps 4 8]
+        [--ahead 0 264] [--state-dtype bfloat16] [--pdl] [--seqs 1 256]
 
 Launches run in one CUDA graph and go round layers that are, together, several times the size of
 the second cache, so that no state is still there when it is read again.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from qnext.kernels.gated_delta_step import triton_fwd
 from qnext.kernels.gated_delta_step.inputs import StepMemory, StepRows, StepWeights
 from qnext.kernels.gated_delta_step.reference import gated_delta_step_reference
-from qnext.kernels.gated_delta_step.triton_fwd import (
-    gated_delta_step_fwd,
-    gated_delta_step_fwd_kernel,
-    supports,
-)
 
 MEMORY_BYTES_PER_S = 3.0e12  # measured copy rate of an H100, bytes read plus bytes written
 HK, HV, K, V, WIDTH, RING = 16, 32, 128, 128, 4, 32
@@ -52,9 +51,10 @@ class Case:
         return self.num_seqs * per_seq + weights
 
 
-CASES = (
-    *(Case(n, 1, 0) for n in (1, 8, 16, 64, 128, 256)),
-    *(Case(n, rows, rows - 1) for rows in (2, 4) for n in (1, 8, 16, 64, 128, 256)),
+CASES = tuple(
+    Case(n, num_rows, num_pending)
+    for num_rows, num_pending in ((1, 0), (2, 0), (2, 1), (4, 3))
+    for n in (1, 16, 64, 256)
 )
 
 
@@ -105,7 +105,7 @@ def check(
 ) -> None:
     """Refuse to time a kernel that is wrong."""
     layer = make_layer(Case(3, 2, 1), dtype, state_dtype)
-    reason = supports(layer.fused, layer.weights, layer.memory, layer.rows)
+    reason = triton_fwd.supports(layer.fused, layer.weights, layer.memory, layer.rows)
     if reason:
         raise ValueError(f"the kernel cannot run: {reason}")
     memory = StepMemory(layer.memory.conv_ring.clone(), layer.memory.states.clone())
@@ -145,14 +145,41 @@ def time_us(layers: Sequence[Layer], launch: Callable[..., torch.Tensor]) -> lis
     return times
 
 
-def registers() -> list[tuple[int, int, int]]:
-    """Warps, registers and spilled bytes of every compiled variant."""
-    kernels = [
-        kernel
-        for caches in gated_delta_step_fwd_kernel.device_caches.values()
-        for kernel in caches[0].values()
-    ]
-    return sorted({(k.metadata.num_warps, k.n_regs, k.n_spills) for k in kernels})
+def registers() -> list[tuple[str, int, int, int]]:
+    """Kernel, warps, registers and spilled bytes of every compiled variant."""
+    functions = {"triton": triton_fwd.gated_delta_step_fwd_kernel}
+    if triton_fwd.HAS_GLUON:
+        functions["gluon"] = triton_fwd.gluon_fwd.gated_delta_step_gluon_kernel
+    return sorted(
+        {
+            (name, kernel.metadata.num_warps, kernel.n_regs, kernel.n_spills)
+            for name, function in functions.items()
+            for caches in function.device_caches.values()
+            for kernel in caches[0].values()
+        }
+    )
+
+
+def time_case(
+    case: Case,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    launch: Callable[..., torch.Tensor],
+    name: str,
+) -> dict[str, float]:
+    """Time one case and print its line."""
+    limit = case.bytes_moved(dtype, state_dtype) / MEMORY_BYTES_PER_S * 1e6
+    state_bytes = case.num_seqs * HV * K * V * state_dtype.itemsize
+    count = max(4, -(-ROTATED_BYTES // state_bytes))
+    times = time_us([make_layer(case, dtype, state_dtype) for _ in range(count)], launch)
+    median = statistics.median(times)
+    aim = AIMS_US.get(case.num_seqs, "") if case.num_rows == 1 else ""
+    print(
+        f"{case.num_seqs:>4} {case.num_rows:>2} {case.num_pending:>8} {name:>16} "
+        f"{median:>8.2f} {limit:>7.2f} {limit / median:>6.0%} {aim}",
+        flush=True,
+    )
+    return {"us": median, "limit_us": limit, "spread_us": max(times) - min(times)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -160,39 +187,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time DeltaNet's decode step on a GPU.")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--state-dtype", default="float32")
+    parser.add_argument("--kernel", nargs="*", choices=("gluon", "triton"), default=["gluon"])
     parser.add_argument("--warps", type=int, nargs="*", help="numbers of warps; else the default")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        nargs="*",
+        default=[0],
+        help="programs ahead whose state is called into the second cache (Gluon only)",
+    )
     parser.add_argument("--pdl", action="store_true", help="programmatic dependent launch")
+    parser.add_argument("--seqs", type=int, nargs="*", help="numbers of sequences; else all")
     args = parser.parse_args(argv)
     dtype, state_dtype = getattr(torch, args.dtype), getattr(torch, args.state_dtype)
     results = []
-    print(f"{'N':>4} {'Q':>2} {'replayed':>8} {'warps':>7} {'µs':>8} {'limit':>7} {'of it':>6} aim")
-    for num_warps in args.warps or [None]:
-
-        def launch(*inputs: object, num_warps: int | None = num_warps) -> torch.Tensor:
-            return gated_delta_step_fwd(*inputs, use_pdl=args.pdl, num_warps=num_warps)  # type: ignore[arg-type]
-
+    print("variant: kernel/warps/ahead")
+    print(
+        f"{'N':>4} {'Q':>2} {'replayed':>8} {'variant':>16} {'µs':>8} {'limit':>7} {'of it':>6} aim"
+    )
+    variants = itertools.product(args.kernel, args.warps or [None], args.ahead)
+    for kernel, num_warps, num_ahead in variants:
+        if kernel == "triton" and num_ahead:
+            continue
+        options = {"kernel": kernel, "num_warps": num_warps, "num_ahead": num_ahead}
+        launch = partial(triton_fwd.gated_delta_step_fwd, use_pdl=args.pdl, **options)
         check(dtype, state_dtype, launch)
+        name = f"{kernel}/{num_warps or 'default'}/{num_ahead}"
         for case in CASES:
-            limit = case.bytes_moved(dtype, state_dtype) / MEMORY_BYTES_PER_S * 1e6
-            state_bytes = case.num_seqs * HV * K * V * state_dtype.itemsize
-            count = max(4, -(-ROTATED_BYTES // state_bytes))
-            times = time_us([make_layer(case, dtype, state_dtype) for _ in range(count)], launch)
-            median = statistics.median(times)
-            aim = AIMS_US.get(case.num_seqs, "") if case.num_rows == 1 else ""
-            print(
-                f"{case.num_seqs:>4} {case.num_rows:>2} {case.num_pending:>8} "
-                f"{num_warps or 'default':>7} {median:>8.2f} {limit:>7.2f} {limit / median:>6.0%} "
-                f"{aim}",
-                flush=True,
-            )
-            results.append(
-                {**vars(case), "warps": num_warps, "us": median, "limit_us": limit}
-                | {"spread_us": max(times) - min(times)}
-            )
-    print("warps, registers, spilled bytes:", registers())
+            if case.num_seqs in (args.seqs or [case.num_seqs]):
+                timing = time_case(case, dtype, state_dtype, launch, name)
+                results.append({**vars(case), **options, **timing})
+    print("kernel, warps, registers, spilled bytes:", registers())
     device = torch.cuda.get_device_name()
-    options = {"dtype": args.dtype, "state_dtype": args.state_dtype, "pdl": args.pdl}
-    print(json.dumps({"op": "gated_delta_step", "device": device, **options, "cases": results}))
+    shared = {"dtype": args.dtype, "state_dtype": args.state_dtype, "pdl": args.pdl}
+    print(json.dumps({"op": "gated_delta_step", "device": device, **shared, "cases": results}))
 
 
 if __name__ == "__main__":

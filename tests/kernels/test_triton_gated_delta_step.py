@@ -1,6 +1,7 @@
 """The DeltaNet decode step against the plain recurrence over whole sequences."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ STEPS = {
     "reference": gated_delta_step_reference,
     "triton": triton_fwd.gated_delta_step_triton,
 }
+KERNELS = ("triton", "gluon")  # at sizes that both take
 # Seen: 3e-7 in fp32; in 16 bits, rows that round to the other side.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
@@ -238,25 +240,46 @@ def test_padding_sequences_touch_nothing(name):
     assert memory.states[2].isfinite().all() and not torch.equal(memory.states, before.states)
 
 
+def launcher(kernel: str | None, **launch):
+    """The step, run by the kernel named; by the one it chooses itself where that is None."""
+    if kernel == "gluon" and not triton_fwd.HAS_GLUON:
+        pytest.skip("this Triton has no Gluon that fits")
+    return partial(triton_fwd.gated_delta_step_fwd, kernel=kernel, **launch)
+
+
 def compare(
-    sizes: Sizes, dtype: torch.dtype, state: torch.dtype, num_seqs: int, num_rows: int, **launch
+    sizes: Sizes,
+    dtype: torch.dtype,
+    state: torch.dtype,
+    num_seqs: int,
+    num_rows: int,
+    *,
+    kernel: str | None = None,
+    max_pending: int | None = None,
+    use_pdl: bool = False,
+    **launch: int,
 ) -> None:
-    """One step from a random memory, kernel against reference, in all that it writes."""
+    """One step from a random memory, kernel against reference, in all that it writes.
+
+    max_pending: most rows to replay; as many as a window of num_rows leaves, unless given.
+    """
+    step = launcher(kernel, use_pdl=use_pdl, **launch)
+    max_pending = num_rows - 1 if max_pending is None else max_pending
     weights = make_weights(sizes, dtype)
-    ring = sizes.width - 1 + 2 * num_rows
+    ring = sizes.width - 1 + num_rows + max(num_rows, max_pending)
     memory = make_memory(sizes, num_seqs + 1, ring, dtype, state)
     slots = torch.randperm(num_seqs + 1)[:num_seqs].tolist()
     memory.states[slots] = random(num_seqs, *memory.states.shape[1:], dtype=state)
     memory.conv_ring[slots] = random(num_seqs, *memory.conv_ring.shape[1:], dtype=dtype)
     counts = torch.randint(0, num_rows + 1, (num_seqs,)).tolist()
     context = torch.randint(ring, 100 * ring, (num_seqs,)).tolist()
-    pending = torch.randint(0, num_rows, (num_seqs,)).tolist()
-    counts[0] = num_rows
+    pending = torch.randint(0, max_pending + 1, (num_seqs,)).tolist()
+    counts[0], pending[0] = num_rows, max_pending
     rows = StepRows(ints(*slots), ints(*counts), ints(*context), ints(*pending))
     fused = random(num_seqs * num_rows, sizes.columns, dtype=dtype)
     other = copy(memory)
-    assert triton_fwd.supports(fused, weights, memory, rows, **launch) is None
-    out = triton_fwd.gated_delta_step_triton(fused, weights, memory, rows, **launch)
+    assert triton_fwd.supports(fused, weights, memory, rows, use_pdl=use_pdl) is None
+    out = step(fused, weights, memory, rows)
     expected = gated_delta_step_reference(fused, weights, other, rows)
     assert error(out, expected) < TOLERANCE[dtype]
     assert error(memory.states[slots], other.states[slots]) < TOLERANCE[state]
@@ -271,12 +294,53 @@ def test_one_step_equals_the_reference(dtype, state):
     compare(Sizes(Hk=2, Hv=4, K=8, V=8), dtype, state, num_seqs=3, num_rows=2)
 
 
+@pytest.mark.parametrize("max_pending", [0, 9])
+def test_more_rows_than_a_window_may_be_replayed(max_pending):
+    sizes = Sizes(Hk=2, Hv=4, K=8, V=8)
+    compare(sizes, torch.float32, torch.float32, 2, 2, max_pending=max_pending)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_seqs, num_rows", [(1, 1), (17, 1), (5, 2), (3, 4), (2, 8)])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_one_step_equals_the_reference_at_the_flagship_shape(dtype, state, num_seqs, num_rows):
-    compare(FLAGSHIP, dtype, state, num_seqs, num_rows)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_step_equals_the_reference_at_the_flagship_shape(
+    kernel, dtype, state, num_seqs, num_rows
+):
+    compare(FLAGSHIP, dtype, state, num_seqs, num_rows, kernel=kernel)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows, max_pending", [(1, 5), (2, 9), (4, 0), (8, 15)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_number_of_rows_may_be_replayed_at_the_flagship_shape(kernel, num_rows, max_pending):
+    compare(
+        FLAGSHIP, torch.bfloat16, torch.float32, 3, num_rows, kernel=kernel, max_pending=max_pending
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_narrow_convolutions_never_read_what_was_not_written(kernel, width):
+    sizes = Sizes(Hk=1, Hv=3, K=128, V=128, width=width)
+    check_windows(launcher(kernel), sizes, num_rows=2, length=6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("num_warps, num_ahead", [(4, 0), (4, 40), (8, 40)])
+def test_launch_options_change_no_value(num_warps, num_ahead, num_rows):
+    options = {"num_warps": num_warps, "num_ahead": num_ahead}
+    compare(FLAGSHIP, torch.bfloat16, torch.float32, 5, num_rows, kernel="gluon", **options)
+
+
+@pytest.mark.gpu
+def test_the_flagship_is_run_by_gluon_and_other_sizes_by_triton():
+    memory = make_memory(FLAGSHIP, 1, 5)
+    assert triton_fwd.kernels(memory)[0] == ("gluon" if triton_fwd.HAS_GLUON else "triton")
+    assert triton_fwd.kernels(make_memory(Sizes(K=128, V=64), 1, 5)) == ["triton"]
 
 
 @pytest.mark.gpu
@@ -286,9 +350,10 @@ def test_one_step_equals_the_reference_at_other_shapes(K, V):
 
 
 @pytest.mark.gpu
-def test_flagship_windows_equal_the_accepted_sequence_and_plain_decoding_bit_for_bit():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_flagship_windows_equal_the_accepted_sequence_and_plain_decoding_bit_for_bit(kernel):
     weights, tokens = make_weights(FLAGSHIP, a_log=-3.0), random(2, 24, FLAGSHIP.columns)
-    step = STEPS["triton"]
+    step = launcher(kernel)
     plain = speculate(step, tokens, weights, make_memory(FLAGSHIP, 2, 16), [0, 1], 1)
     drafted = speculate(step, tokens, weights, make_memory(FLAGSHIP, 2, 16), [1, 0], 4)
     assert torch.equal(plain, drafted)
@@ -297,24 +362,27 @@ def test_flagship_windows_equal_the_accepted_sequence_and_plain_decoding_bit_for
 
 
 @pytest.mark.gpu
-def test_an_early_start_changes_no_value():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_an_early_start_changes_no_value(kernel):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
-    compare(FLAGSHIP, torch.bfloat16, torch.float32, 5, 2, use_pdl=True)
+    compare(FLAGSHIP, torch.bfloat16, torch.float32, 5, 2, kernel=kernel, use_pdl=True)
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_follows_lengths_that_change_on_the_device():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_cuda_graph_follows_lengths_that_change_on_the_device(kernel):
+    step = launcher(kernel)
     weights = make_weights(FLAGSHIP, torch.bfloat16)
     memory = make_memory(FLAGSHIP, 3, 16, torch.bfloat16)
     memory.states.copy_(random(*memory.states.shape))
     memory.conv_ring.copy_(random(*memory.conv_ring.shape))
     rows = StepRows(ints(0, 1), ints(2, 2), ints(20, 30), ints(0, 0))
     fused = random(4, FLAGSHIP.columns, dtype=torch.bfloat16)
-    triton_fwd.gated_delta_step_triton(fused, weights, copy(memory), rows)  # compiles
+    step(fused, weights, copy(memory), rows)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = triton_fwd.gated_delta_step_triton(fused, weights, memory, rows)
+        out = step(fused, weights, memory, rows)
     for values in (((2, 0), (1, 2), (7, 31), (1, 1)), ((0, 2), (2, 0), (22, 8), (0, 0))):
         for tensor, new in zip(vars(rows).values(), values, strict=True):
             tensor.copy_(ints(*new))

@@ -1,4 +1,7 @@
-"""A DeltaNet layer between its projections, for a few new rows per sequence, in one kernel."""
+"""A DeltaNet layer between its projections, for a few new rows per sequence, in one kernel.
+
+The kernel here takes all sizes; `gluon_fwd.py` has a faster one for heads of 128 x 128.
+"""
 
 import os
 
@@ -7,30 +10,20 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gated_delta_step.inputs import L2_EPS, StepMemory, StepRows, StepWeights
+from qnext.kernels.gated_delta_step.triton_gates import silu, softplus
 
 # Triton reads the same variable when it is imported; interpreted kernels take CPU tensors.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Gluon compiles for GPUs only, and its names were others in older releases.
+HAS_GLUON = not IS_INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+if HAS_GLUON:
+    from qnext.kernels.gated_delta_step import gluon_fwd
+
 MAX_WIDTH = 4  # three past inputs of each channel are kept in registers
 MAX_HEAD_DIM = 128  # a head's whole state is kept in registers
-MAX_ROWS = 8
+MAX_ROWS = 8  # also what the Gluon kernel norms at once
 STATE_PER_WARP = 2048  # elements of a head's state per warp: 64 in each thread
 MAX_REGISTERS = 128  # of a thread, so that two programs of 8 warps share a multiprocessor
-
-
-@triton.jit
-def silu(x: tl.tensor) -> tl.tensor:
-    """x * sigmoid(x)"""
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def softplus(x: tl.tensor) -> tl.tensor:
-    """log(1 + exp(x)), accurate also where exp(x) is far below 1."""
-    e = tl.exp(tl.minimum(x, 20.0))
-    one_more = 1.0 + e
-    # log(1 + e) loses the digits that 1 + e drops; the quotient puts them back.
-    exact = tl.where(one_more == 1.0, e, tl.log(one_more) * (e / (one_more - 1.0)))
-    return tl.where(x > 20.0, x, exact)
 
 
 @triton.jit
@@ -231,6 +224,12 @@ def gated_delta_step_fwd_kernel(
         tl.store(p_heads + i_row * (HV * V) + o_v, tl.zeros([B], tl.float32), mask=m_v)
 
 
+def kernels(memory: StepMemory) -> list[str]:
+    """Kernels that take the sizes of the states, best one first."""
+    takes_gluon = HAS_GLUON and memory.states.shape[2:] == (gluon_fwd.HEAD_DIM, gluon_fwd.HEAD_DIM)
+    return ["gluon", "triton"] if takes_gluon else ["triton"]
+
+
 def gated_delta_step_fwd(
     fused: torch.Tensor,
     weights: StepWeights,
@@ -238,9 +237,19 @@ def gated_delta_step_fwd(
     rows: StepRows,
     *,
     use_pdl: bool = False,
+    kernel: str | None = None,
     num_warps: int | None = None,
+    num_ahead: int = 0,
 ) -> torch.Tensor:
-    """Launch one program per value head of each sequence; num_warps is for benchmarks."""
+    """Launch one program per value head of each sequence.
+
+    Tests and benchmarks choose the kernel, its number of warps, and with `num_ahead` how many
+    programs ahead a state is called into the second cache (0: none; for the Gluon kernel).
+    """
+    if (kernel or kernels(memory)[0]) == "gluon":
+        return gluon_fwd.gated_delta_step_gluon_fwd(
+            fused, weights, memory, rows, use_pdl=use_pdl, num_warps=num_warps, num_ahead=num_ahead
+        )
     num_seqs = rows.state_slots.shape[0]
     _, num_heads, key_dim, value_dim = memory.states.shape
     channels, width = weights.conv1d.shape
