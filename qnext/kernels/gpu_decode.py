@@ -47,17 +47,29 @@ def wait_for_previous(WAITS: tl.constexpr) -> None:
 
 
 @triton.jit
-def order_key(b_x: tl.tensor, o_id: tl.tensor) -> tl.tensor:
-    """int64 keys that sort as b_x does; of equal values the lowest id has the highest key.
+def order_bits(b_x: tl.tensor) -> tl.tensor:
+    """int32 that sort as b_x does. Both zeros are equal, and NaN lies below minus infinity.
 
-    Both zeros are equal, and NaN lies below minus infinity.
+    The least int32 is none of them: it marks what is no candidate.
     """
     b_x = tl.where(b_x == 0.0, 0.0, b_x)
     b_bits = b_x.to(tl.int32, bitcast=True)
     # Bits of negative floats grow with the magnitude.
     b_order = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
-    b_order = tl.where(b_x != b_x, -0x80000000, b_order)
-    return (b_order.to(tl.int64) << 32) | (0x7FFFFFFF - o_id).to(tl.int64)
+    return tl.where(b_x != b_x, -0x7FFFFFFF, b_order)
+
+
+@triton.jit
+def order_value(b_order: tl.tensor) -> tl.tensor:
+    """The fp32 value that sorts as this int32."""
+    b_bits = tl.where(b_order < 0, b_order ^ 0x7FFFFFFF, b_order)
+    return b_bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def order_key(b_x: tl.tensor, o_id: tl.tensor) -> tl.tensor:
+    """int64 keys that sort as b_x does; of equal values the lowest id has the highest key."""
+    return (order_bits(b_x).to(tl.int64) << 32) | (0x7FFFFFFF - o_id).to(tl.int64)
 
 
 @triton.jit
@@ -69,9 +81,7 @@ def key_id(b_key: tl.tensor) -> tl.tensor:
 @triton.jit
 def key_value(b_key: tl.tensor) -> tl.tensor:
     """The fp32 value in a key."""
-    b_order = (b_key >> 32).to(tl.int32)
-    b_bits = tl.where(b_order < 0, b_order ^ 0x7FFFFFFF, b_order)
-    return b_bits.to(tl.float32, bitcast=True)
+    return order_value((b_key >> 32).to(tl.int32))
 
 
 @triton.jit
@@ -100,7 +110,46 @@ def times_scales(b_x: tl.tensor, b_s: tl.tensor) -> tl.tensor:
     """A row with each block multiplied by its scale: cheaper than scaling every weight."""
     NB: tl.constexpr = b_s.shape[0]
     BC: tl.constexpr = b_x.shape[0]
-    return tl.reshape(tl.reshape(b_x, [NB, BC // NB]) * b_s[:, None], [BC])
+    if NB == 1:
+        return b_x * tl.sum(b_s, 0)
+    else:
+        return tl.reshape(tl.reshape(b_x, [NB, BC // NB]) * b_s[:, None], [BC])
+
+
+@triton.jit
+def widened(b_w: tl.tensor, b_x: tl.tensor) -> tl.tensor:
+    """e4m3 weights in the dtype of the rows, in which they are exact.
+
+    By way of fp16 and fp32 where that is bf16: hardware turns fp16 into bf16 at 16 per clock and
+    SM, which is less than memory delivers, and each step of this detour at four times that.
+    """
+    if b_x.dtype == tl.bfloat16:
+        return b_w.to(tl.float16).to(tl.float32).to(tl.bfloat16)
+    else:
+        return b_w.to(b_x.dtype)
+
+
+@triton.jit
+def prefetch_bytes(p_first: tl.tensor, num_bytes: tl.tensor) -> None:
+    """Ask for a stretch of memory to come into L2, by one thread; returns at once.
+
+    Address and length are multiples of 16 bytes.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred is_first;
+        .reg .b32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 is_first, thread, 0;
+        @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [p_first.to(tl.int64), num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 def rows_objection(x: torch.Tensor, max_rows: int) -> str | None:

@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 
 from qnext.kernels.experts_rows import triton_fwd as experts_module
 from qnext.kernels.experts_rows.reference import ExpertScales, experts_rows_reference
+from qnext.kernels.experts_rows.triton_gather import GatherTile, gather_tile
+from qnext.kernels.experts_rows.triton_tiles import RowsTile, rows_tile
 from qnext.kernels.fp8_blocks import dequantized, quantize_blocks, scale_shape
 from qnext.kernels.norm_router import triton_fwd as router_module
 from qnext.kernels.norm_router.reference import norm_router_reference
@@ -193,8 +195,8 @@ def test_ids_stay_valid_where_logits_are_no_numbers():
 
 def mixture_inputs(num_rows, size, width, num_experts, top_k, dtype, *, shared_width, is_fp8):
     ids = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(num_rows)])
-    if num_rows > 1:
-        ids[1] = ids[0].flip(0)  # experts that two tokens share
+    for row in ids[1:3]:
+        row.copy_(ids[0].flip(0))  # experts that two or three tokens share
     weights = [
         random(num_experts, 2 * width, size, dtype=dtype, scale=size**-0.5),
         random(num_experts, size, width, dtype=dtype, scale=width**-0.5),
@@ -218,10 +220,21 @@ def mixture_inputs(num_rows, size, width, num_experts, top_k, dtype, *, shared_w
     return (random(num_rows, size, dtype=dtype), *weights), named
 
 
-def check_mixture(*shape, shared_width, is_fp8=False):
+def cut_for(way, size, width, shared_width, top_k, weight):
+    """The cut by which pairs read their experts, or all rows each expert."""
+    width, num_slots = max(width, shared_width), top_k + (shared_width > 0)
+    if way == "tiles":
+        return rows_tile(size, width, weight.element_size())
+    return gather_tile(size, width, num_slots, weight.element_size())
+
+
+def check_mixture(*shape, shared_width, is_fp8=False, way=None, tile=None):
     given, named = mixture_inputs(*shape, shared_width=shared_width, is_fp8=is_fp8)
     assert experts_module.supports(*given, **named) is None
-    ours = experts_module.experts_rows_triton(*given, **named)
+    if way is not None:
+        _, size, width, _, top_k, _ = shape
+        tile = cut_for(way, size, width, shared_width, top_k, given[1])
+    ours = experts_module.experts_rows_fwd(*given, **named, tile=tile)
     expected = experts_rows_reference(*given, **named)
     assert ours.dtype == expected.dtype
     assert error(ours, expected) < TOLERANCE[shape[-1]]
@@ -235,31 +248,50 @@ def test_experts_and_shared_expert_are_summed(num_rows, dtype):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("way", ["gathered", "tiles"])
 @pytest.mark.parametrize(
     "size, width, top_k, shared_width",
-    [(40, 24, 5, 0), (48, 24, 1, 56), (1100, 20, 2, 8), (32, 600, 4, 40), (24, 16, 3, 520)],
+    [(40, 24, 5, 0), (48, 24, 1, 56), (1100, 20, 2, 8), (32, 600, 4, 40), (24, 16, 3, 1040)],
 )
-def test_mixtures_of_odd_sizes_are_summed(size, width, top_k, shared_width):
-    check_mixture(3, size, width, 9, top_k, torch.float32, shared_width=shared_width)
+def test_mixtures_of_odd_sizes_are_summed(size, width, top_k, shared_width, way):
+    check_mixture(3, size, width, 9, top_k, torch.float32, shared_width=shared_width, way=way)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("way", ["gathered", "tiles"])
+@pytest.mark.parametrize(
+    "size, width, shared_width",
+    [(200, 128, 256), (1152, 128, 0), (64, 640, 0), (64, 128, 0), (256, 640, 128)],
+)
+def test_mixtures_of_eight_bits_are_summed(size, width, shared_width, way):
+    check_mixture(2, size, width, 3, 2, HALF, shared_width=shared_width, is_fp8=True, way=way)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
-    "size, width, shared_width", [(200, 128, 256), (1152, 128, 0), (64, 640, 0)]
+    "tile",
+    [
+        GatherTile(2, 32, 1, 1, 16, 1, prefetched=0),
+        GatherTile(8, 64, 2, 8, 128, 4, prefetched=3),
+        RowsTile(16, 64, 4, 3, 32, 16, 4, 2),
+        RowsTile(64, 16, 4, 3, 16, 64, 4, 2),
+    ],
 )
-def test_mixtures_of_eight_bits_are_summed(size, width, shared_width):
-    check_mixture(1, size, width, 3, 2, HALF, shared_width=shared_width, is_fp8=True)
+def test_mixtures_are_summed_in_tiles_of_any_cut(tile):
+    check_mixture(2, 80, 48, 6, 3, HALF, shared_width=32, tile=tile)
 
 
-def test_a_mixture_has_the_same_bits_in_any_company():
+@pytest.mark.parametrize("way, num_rows", [("gathered", 1), ("gathered", 2), ("tiles", 4)])
+def test_a_mixture_has_the_same_bits_in_any_company(way, num_rows):
     given, named = mixture_inputs(8, 64, 32, 12, 3, HALF, shared_width=32, is_fp8=False)
-    whole = experts_module.experts_rows_triton(*given, **named)
-    part = slice(5, 6)
+    tile = cut_for(way, 64, 32, 32, 3, given[1])
+    whole = experts_module.experts_rows_fwd(*given, **named, tile=tile)
+    part = slice(2, 2 + num_rows)
     alone = {
         name: value[part] if isinstance(value, torch.Tensor) else value
         for name, value in named.items()
     }
-    ours = experts_module.experts_rows_triton(given[0][part], *given[1:], **alone)
+    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone, tile=tile)
     assert torch.equal(ours, whole[part])
 
 
@@ -343,11 +375,43 @@ def test_experts_of_the_flagship_are_chosen(num_rows, uses_counters):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_products_of_the_library_are_right(out_dtype, has_residual):
+    x = random(5, 2048, dtype=torch.bfloat16)
+    weight = random(12352, 2048, dtype=torch.bfloat16, scale=0.02)
+    norm_weight = random(2048, dtype=torch.bfloat16, scale=0.2)
+    residual = random(5, 12352, dtype=torch.bfloat16) if has_residual else None
+    given, how = (x, weight, norm_weight, residual, None), {"eps": EPS, "out_dtype": out_dtype}
+    ours = linear_module.row_linear_fwd(*given, **how, use_library=True)
+    assert ours.dtype == out_dtype
+    assert error(ours, row_linear_reference(*given, **how)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("cut", [(1, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize("uses_counters", [False, True])
+def test_experts_of_the_flagship_are_chosen_by_any_cut(cut, uses_counters):
+    x, norm_weight = random(3, 2048, dtype=torch.bfloat16), random(2048, dtype=torch.bfloat16)
+    gate, shared = random(512, 2048, dtype=torch.bfloat16), random(1, 2048, dtype=torch.bfloat16)
+    given, how = (x, norm_weight, EPS, gate, shared), {"top_k": 10, "norm_topk_prob": True}
+    counters = torch.zeros(3, dtype=torch.int32, device=DEVICE) if uses_counters else None
+    ours = router_module.norm_router_fwd(*given, **how, counters=counters, cut=cut)
+    expected = norm_router_reference(*given, **how)
+    assert (ours[2] == expected[2]).float().mean() > 0.98
+    assert error(ours[1], expected[1]) < 2e-3
+    assert counters is None or not counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize("way", ["gathered", "tiles"])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 16])
-def test_mixtures_of_the_flagship_are_summed(num_rows, is_fp8):
+def test_mixtures_of_the_flagship_are_summed(num_rows, way, is_fp8):
     shape = (num_rows, 2048, 512, 64, 10, torch.bfloat16)
-    check_mixture(*shape, shared_width=512, is_fp8=is_fp8)
+    check_mixture(*shape, shared_width=512, is_fp8=is_fp8, way=way)
 
 
 @pytest.mark.gpu
@@ -355,12 +419,12 @@ def test_mixtures_of_the_flagship_are_summed(num_rows, is_fp8):
 def test_a_layer_whose_launches_overlap_gives_the_same_bits():
     """Out-projection, router, mixture and next in-projection, many times in one graph."""
     dtype, num_layers = torch.bfloat16, 12
-    given, named = mixture_inputs(2, 2048, 512, 64, 10, dtype, shared_width=512, is_fp8=False)
+    given, named = mixture_inputs(8, 2048, 512, 64, 10, dtype, shared_width=512, is_fp8=False)
     norm_weight = random(2048, dtype=dtype, scale=0.2)
     gate, shared_gate = random(64, 2048, dtype=dtype), random(1, 2048, dtype=dtype)
     in_proj = random(4096, 2048, dtype=dtype, scale=0.02)
     out_proj = random(2048, 4096, dtype=dtype, scale=0.02)
-    counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(8, dtype=torch.int32, device=DEVICE)
 
     def step(x, use_pdl):
         how = {"eps": EPS, "out_dtype": dtype, "use_pdl": use_pdl}
@@ -377,7 +441,7 @@ def test_a_layer_whose_launches_overlap_gives_the_same_bits():
             )  # fmt: skip
         return x, argmax_module.row_argmax_fwd(x.float(), use_pdl=use_pdl)
 
-    for num_rows in (1, 2):
+    for num_rows in (1, 2, 3, 8):
         x = named["residual"][:num_rows].contiguous()
         expected = step(x, use_pdl=False)
         graph = torch.cuda.CUDAGraph()

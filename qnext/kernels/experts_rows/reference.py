@@ -52,7 +52,7 @@ def experts_rows_reference(
         shared_gate_up: those of the shared expert, or None. [2Is, C]
         shared_down: [C, Is]
         top_weights: weight of each chosen expert. [T, A], fp32
-        top_ids: which experts. [T, A], int32
+        top_ids: which experts, distinct in a row. [T, A], int32
         shared_logit: s, logit of the shared expert's gate, or None. [T], fp32
         residual: added to the mixture. [T, C]
         scales: of e4m3 weights; None where the weights have the dtype of the rows.

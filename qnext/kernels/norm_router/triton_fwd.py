@@ -9,7 +9,9 @@ import triton.language as tl
 from qnext.kernels.gpu_decode import (
     key_id,
     key_value,
+    order_bits,
     order_key,
+    order_value,
     overlap_options,
     row_inverse_rms,
     rows_objection,
@@ -22,8 +24,11 @@ from qnext.kernels.row_linear.triton_fwd import row_linear_fwd
 MAX_ROWS = 128
 MAX_EXPERTS = 1024
 MAX_ACTIVE = 32
-# Gate rows per program: 512 experts make 128 programs, one for nearly every SM.
-GATE_ROWS = 4
+# Gate rows and warps per program. For few tokens a warp of its own for each row: no sum then waits
+# for other warps, and 512 of them are one for each scheduler. For more tokens 128 programs each.
+FEW_TOKENS = 2
+FEW_TOKENS_CUT = (1, 1)
+MANY_TOKENS_CUT = (4, 4)
 
 
 @triton.jit
@@ -36,21 +41,37 @@ def choose_experts(
     IS_NORMED: tl.constexpr,
     BE: tl.constexpr,
     BA: tl.constexpr,
+    ONE_WARP: tl.constexpr,
 ) -> None:
-    """Softmax and the A best of one token's logits, by A rounds of taking the largest key."""
+    """Softmax and the A best of one token's logits, by A rounds of taking the largest.
+
+    One warp finds the largest 32 bits, then the lowest id that has them, an instruction each for
+    its 32 lanes. Several warps would meet twice per round; they find both at once, in 64 bits.
+    """
     o_e, o_a = tl.arange(0, BE), tl.arange(0, BA)
     # From L2, where other programs of the same launch may just have put them.
     b_e = tl.load(p_logits + o_e, mask=o_e < E, other=-float("inf"), cache_modifier=".cg")
-    b_key = tl.where(o_e < E, order_key(b_e, o_e), -0x8000000000000000)
-    best = tl.max(b_key, 0)
-    largest = key_value(best)
-    b_top = tl.full([BA], -float("inf"), tl.float32)
     b_id = tl.zeros([BA], tl.int32)
-    for i_a in range(A):
-        b_top = tl.where(o_a == i_a, key_value(best), b_top)
-        b_id = tl.where(o_a == i_a, key_id(best), b_id)
-        b_key = tl.where(b_key == best, -0x8000000000000000, b_key)
-        best = tl.max(b_key, 0)
+    if ONE_WARP:
+        LEAST: tl.constexpr = -0x80000000
+        b_order = tl.where(o_e < E, order_bits(b_e), LEAST)
+        b_best = tl.full([BA], LEAST, tl.int32)
+        for i_a in range(A):
+            best = tl.max(b_order, 0)
+            best_id = tl.min(tl.where(b_order == best, o_e, BE), 0)
+            b_best = tl.where(o_a == i_a, best, b_best)
+            b_id = tl.where(o_a == i_a, best_id, b_id)
+            b_order = tl.where(o_e == best_id, LEAST, b_order)
+        b_top = tl.where(o_a < A, order_value(b_best), -float("inf"))
+    else:
+        b_key = tl.where(o_e < E, order_key(b_e, o_e), -0x8000000000000000)
+        b_top = tl.full([BA], -float("inf"), tl.float32)
+        for i_a in range(A):
+            best_key = tl.max(b_key, 0)
+            b_top = tl.where(o_a == i_a, key_value(best_key), b_top)
+            b_id = tl.where(o_a == i_a, key_id(best_key), b_id)
+            b_key = tl.where(b_key == best_key, -0x8000000000000000, b_key)
+    largest = tl.max(b_top, 0)
     b_p = tl.exp(b_top - largest)
     if IS_NORMED:
         b_p = b_p / tl.sum(b_p, 0)
@@ -82,6 +103,7 @@ def norm_router_logits_kernel(
     BG: tl.constexpr,
     BE: tl.constexpr,
     BA: tl.constexpr,
+    ONE_WARP: tl.constexpr,
     CHOOSES: tl.constexpr,
     WAITS: tl.constexpr,
 ) -> None:
@@ -129,8 +151,9 @@ def norm_router_logits_kernel(
         arrived = tl.atomic_add(p_counter + i_t, 1, sem="acq_rel", scope="gpu")
         if arrived == tl.num_programs(1) - 1:
             choose_experts(
-                p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA
-            )
+                p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA,
+                ONE_WARP,
+            )  # fmt: skip
             tl.store(p_counter + i_t, 0)
 
 
@@ -154,6 +177,7 @@ def norm_router_choose_kernel(
     BC: tl.constexpr,
     BE: tl.constexpr,
     BA: tl.constexpr,
+    ONE_WARP: tl.constexpr,
     WAITS: tl.constexpr,
 ) -> None:
     """The choice for one token whose logits are there; with NORMS also its norm and shared gate."""
@@ -176,7 +200,7 @@ def norm_router_choose_kernel(
         if HAS_SHARED:
             tl.store(p_shared_logit + i_t, tl.sum(b_shared, 0))
     choose_experts(
-        p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA
+        p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA, ONE_WARP
     )
 
 
@@ -191,6 +215,7 @@ def norm_router_fwd(
     norm_topk_prob: bool,
     counters: torch.Tensor | None = None,
     use_pdl: bool = False,
+    cut: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launch one kernel or two; arguments as in `norm_router_reference`.
 
@@ -198,6 +223,7 @@ def norm_router_fwd(
         counters: zeros, left as zeros; one launch does all with them. Calls that may run at the
             same time need their own. Used for up to 16 rows. [>= T], int32
         use_pdl: see `overlap_options`.
+        cut: other gate rows and warps per program than those chosen by shape.
     """
     num_rows, num_columns = x.shape
     num_experts = gate.shape[0]
@@ -224,21 +250,45 @@ def norm_router_fwd(
         "BC": _column_block(num_columns),
         "BE": triton.next_power_of_2(num_experts),
         "BA": triton.next_power_of_2(top_k),
-        "num_warps": 4,
         "num_stages": 1,
         **overlap_options(use_pdl),
     }
     if is_gemv:
+        gate_rows, warps = cut or choose_cut(num_rows, num_columns)
         # Programs of one part of the gate are neighbours: one reads it from memory for all tokens.
-        grid = (num_rows, triton.cdiv(num_experts, GATE_ROWS))
-        counter = ids if counters is None else counters
-        tensors = (x, norm_weight, gate, shared, *outputs, counter)
-        norm_router_logits_kernel[grid](*tensors, eps, BG=GATE_ROWS, CHOOSES=chooses, **options)
+        norm_router_logits_kernel[(num_rows, triton.cdiv(num_experts, gate_rows))](
+            x,
+            norm_weight,
+            gate,
+            shared,
+            *outputs,
+            ids if counters is None else counters,
+            eps,
+            BG=gate_rows,
+            CHOOSES=chooses,
+            ONE_WARP=warps == 1,
+            num_warps=warps,
+            **options,
+        )
     if not chooses:
+        warps = 1 if is_gemv else 4
         norm_router_choose_kernel[(num_rows,)](
-            x, norm_weight, shared, *outputs, eps, NORMS=not is_gemv, **options
+            x,
+            norm_weight,
+            shared,
+            *outputs,
+            eps,
+            NORMS=not is_gemv,
+            ONE_WARP=warps == 1,
+            num_warps=warps,
+            **options,
         )
     return normed, weights, ids, shared_logit
+
+
+def choose_cut(num_rows: int, num_columns: int) -> tuple[int, int]:
+    """Gate rows and warps per program; longer rows than 2048 outgrow the registers of a warp."""
+    return FEW_TOKENS_CUT if num_rows <= FEW_TOKENS and num_columns <= 2048 else MANY_TOKENS_CUT
 
 
 def _column_block(num_columns: int) -> int:
@@ -279,7 +329,11 @@ def norm_router_triton(
     top_k: int,
     norm_topk_prob: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See `norm_router_reference`. Up to 128 rows; up to 16 a row's bits depend on no other."""
+    """See `norm_router_reference`. Up to 128 rows.
+
+    A row's bits depend on no other row, but those of its logits on how many rows there are: 1 to 2,
+    3 to 16, or more.
+    """
     return norm_router_fwd(
         x,
         norm_weight,

@@ -1,9 +1,14 @@
-"""Product of a few rows with a weight, which is read once: one row by FMA, up to 16 by dots."""
+"""Product of a few rows with a weight, which is read once: one row by FMA, up to 16 by dots.
+
+The norm of one row is fused: each program has the row at hand. Of several rows it is a launch of
+its own, since each program would read and scale all of them, which took longer than its weights.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -17,7 +22,9 @@ from qnext.kernels.gpu_decode import (
     times_scales,
     wait_for_previous,
     weight_objection,
+    widened,
 )
+from qnext.kernels.gpu_rows import IS_INTERPRETED
 
 MAX_ROWS = 16
 # Rows of one dot: the narrowest that tensor cores take as this operand without padding.
@@ -26,6 +33,9 @@ DOT_ROWS = 16
 # fit an SM, which then waits for 96 KB: several times what the memory's latency needs in flight.
 TILE_ELEMENTS = 16384
 THREAD_ELEMENTS = 64
+# From so many outputs on several rows go to PyTorch's product: 220 us for the head on an H100,
+# 257 with dots here.
+LIBRARY_OUTPUTS = 32768
 
 
 @dataclass(frozen=True)
@@ -55,16 +65,40 @@ def dot_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile:
     """Cut for several rows: all programs on the chip at once, or many more than fit."""
     if element_bytes == 4:
         return RowTile(16, 32, num_warps=4, num_stages=2)
-    if num_outputs >= 64 * 4 * NUM_SMS:
+    if element_bytes == 1:
+        # Scales are applied between dots, so an e4m3 tile ends with its block.
+        is_large = num_outputs >= 64 * NUM_SMS
+        # Each warp of a narrow tile converts the whole of it, so it has fewer.
+        tile = RowTile(64, BLOCK, 4, 6) if is_large else RowTile(16, BLOCK, 2, 8)
+    elif num_outputs >= 64 * 4 * NUM_SMS:
         tile = RowTile(64, 128, num_warps=4, num_stages=4)
     elif num_outputs >= 32 * 2 * NUM_SMS:
         tile = RowTile(32, 256, num_warps=4, num_stages=3)
     else:
         tile = RowTile(16, 512, num_warps=4, num_stages=5)
-    # Scales are applied between dots, so an e4m3 tile ends with its block.
-    widest = BLOCK if element_bytes == 1 else tile.BC
-    BC = max(16, min(widest, triton.next_power_of_2(num_columns)))
+    BC = max(16, min(tile.BC, triton.next_power_of_2(num_columns)))
     return RowTile(tile.BO, BC, tile.num_warps, tile.num_stages if BC == tile.BC else 5)
+
+
+@triton.jit
+def row_norm_kernel(
+    p_x: tl.tensor,
+    p_norm: tl.tensor,
+    p_normed: tl.tensor,
+    eps: tl.tensor,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    WAITS: tl.constexpr,
+) -> None:
+    """The norm of one row, rounded to its dtype."""
+    i_t = tl.program_id(0)
+    o_c = tl.arange(0, BC)
+    b_n = tl.load(p_norm + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    wait_for_previous(WAITS)
+    inverse = row_inverse_rms(p_x + i_t * C, eps, C, BC)
+    b_x = tl.load(p_x + i_t * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+    b_x = b_x * inverse * (1.0 + b_n)
+    tl.store(p_normed + i_t * C + o_c, b_x.to(p_normed.dtype.element_ty), mask=o_c < C)
 
 
 @triton.jit(do_not_specialize=["O"])
@@ -139,17 +173,14 @@ def row_linear_dot_kernel(
     p_x: tl.tensor,
     p_w: tl.tensor,
     p_scale: tl.tensor,
-    p_norm: tl.tensor,
     p_residual: tl.tensor,
     p_y: tl.tensor,
     T: tl.tensor,
     O: tl.tensor,
-    eps: tl.tensor,
     C: tl.constexpr,
     BT: tl.constexpr,
     BO: tl.constexpr,
     BC: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -160,10 +191,11 @@ def row_linear_dot_kernel(
     """BO outputs of BT rows; the weight is the left operand, whose side is the wide one."""
     i_o, i_t = tl.program_id(0), tl.program_id(1)
     o_o = i_o * BO + tl.arange(0, BO)
-    o_t = i_t * BT + tl.arange(0, BT)
+    # Rows past the end read the last one and are never written: no mask on the streams.
+    o_row = i_t * BT + tl.arange(0, BT)
+    o_t = tl.minimum(o_row, T - 1)
     o_c = tl.arange(0, BC)
-    m_o, m_t = o_o < O, o_t < T
-    # Rows past the end read the last one and are never written: no mask on the weight's stream.
+    m_o, m_t = o_o < O, o_row < T
     p_row = p_w + tl.minimum(o_o, O - 1).to(tl.int64)[:, None] * C
     p_token = p_x + o_t.to(tl.int64)[:, None] * C + o_c[None, :]
     SC: tl.constexpr = (C + BLOCK_SIZE - 1) // BLOCK_SIZE
@@ -171,32 +203,22 @@ def row_linear_dot_kernel(
     if WAITS:
         prefetch_rows(p_w + tl.minimum(o_o, O - 1).to(tl.int64) * C, PREFETCH)
     wait_for_previous(WAITS)
-    if HAS_NORM:
-        b_square = tl.zeros([BT, BC], tl.float32)
-        for i_c in range(0, C, BC):
-            m_x = m_t[:, None] & (i_c + o_c < C)[None, :]
-            b_x = tl.load(p_token + i_c, mask=m_x, other=0.0).to(tl.float32)
-            b_square += b_x * b_x
-        b_inverse = tl.rsqrt(tl.sum(b_square, 1) / C + eps)
     o_y = o_t.to(tl.int64)[None, :] * O + o_o[:, None]
     m_y = m_o[:, None] & m_t[None, :]
     b_acc = tl.zeros([BO, BT], tl.float32)
     if HAS_RESIDUAL:
         b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
     for i_c in range(0, C, BC):
-        m_c = i_c + o_c < C
         if C % BC == 0:
             b_w = tl.load(p_row + i_c + o_c[None, :])
+            b_x = tl.load(p_token + i_c)
         else:
-            b_w = tl.load(p_row + i_c + o_c[None, :], mask=m_c[None, :], other=0.0)
-        b_x = tl.load(p_token + i_c, mask=m_t[:, None] & m_c[None, :], other=0.0)
-        if HAS_NORM:
-            b_n = tl.load(p_norm + i_c + o_c, mask=m_c, other=0.0).to(tl.float32)
-            b_x = b_x.to(tl.float32) * b_inverse[:, None] * (1.0 + b_n)[None, :]
-            b_x = b_x.to(p_x.dtype.element_ty)
+            m_c = (i_c + o_c < C)[None, :]
+            b_w = tl.load(p_row + i_c + o_c[None, :], mask=m_c, other=0.0)
+            b_x = tl.load(p_token + i_c, mask=m_c, other=0.0)
         if HAS_SCALE:
-            # e4m3 is exact in every wider dtype, and the tile lies in one column of blocks.
-            b_dot = tl.dot(b_w.to(b_x.dtype), tl.trans(b_x), input_precision=PRECISION)
+            # The tile lies in one column of blocks.
+            b_dot = tl.dot(widened(b_w, b_x), tl.trans(b_x), input_precision=PRECISION)
             b_acc += b_dot * tl.load(p_s + i_c // BLOCK_SIZE)
         else:
             b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision=PRECISION)
@@ -213,29 +235,29 @@ def row_linear_fwd(
     eps: float,
     out_dtype: torch.dtype,
     use_dot: bool | None = None,
+    use_library: bool | None = None,
     use_pdl: bool = False,
     tile: RowTile | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel for the number of rows; arguments as in `row_linear_reference`.
+    """Launch the kernels for the number of rows; arguments as in `row_linear_reference`.
 
     Args:
         use_dot: several rows in one dot; None for more than one row. With True a row's bits are
-            the same alone and in any company.
+            the same alone and in any company, unless PyTorch multiplies.
+        use_library: PyTorch's product instead of the dots; None for `library_is_faster`.
         use_pdl: see `overlap_options`.
         tile: another cut than the one chosen by shape.
     """
     num_rows, num_columns = x.shape
     num_outputs = weight.shape[0]
-    y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
     use_dot = num_rows > 1 if use_dot is None else use_dot
-    tensors = (
-        x,
-        weight,
-        x if scale is None else scale,
-        x if norm_weight is None else norm_weight,
-        x if residual is None else residual,
-        y,
-    )
+    if use_dot and norm_weight is not None:
+        x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
+    if use_library is None:
+        use_library = num_rows > 1 and library_is_faster(weight, scale, tile)
+    if use_dot and use_library:
+        return multiply_by_library(x, weight, residual, out_dtype)
+    y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
     choose = dot_tile if use_dot else gemv_tile
     tile = tile or choose(num_outputs, num_columns, weight.element_size())
     num_blocks = triton.cdiv(num_outputs, tile.BO)
@@ -243,7 +265,6 @@ def row_linear_fwd(
         "C": num_columns,
         "BO": tile.BO,
         "BC": tile.BC,
-        "HAS_NORM": norm_weight is not None,
         "HAS_RESIDUAL": residual is not None,
         "HAS_SCALE": scale is not None,
         "BLOCK_SIZE": BLOCK,
@@ -251,21 +272,73 @@ def row_linear_fwd(
         "num_stages": tile.num_stages,
         **overlap_options(use_pdl),
     }
+    weight_and_scale = (weight, x if scale is None else scale)
+    other = x if residual is None else residual
     if not use_dot:
-        row_linear_gemv_kernel[(num_blocks,)](*tensors, num_outputs, eps, **common)
+        row_linear_gemv_kernel[(num_blocks,)](
+            x,
+            *weight_and_scale,
+            x if norm_weight is None else norm_weight,
+            other,
+            y,
+            num_outputs,
+            eps,
+            HAS_NORM=norm_weight is not None,
+            **common,
+        )
         return y
-    grid = (num_blocks, triton.cdiv(num_rows, DOT_ROWS))
-    row_linear_dot_kernel[grid](
-        *tensors,
+    row_linear_dot_kernel[(num_blocks, triton.cdiv(num_rows, DOT_ROWS))](
+        x,
+        *weight_and_scale,
+        other,
+        y,
         num_rows,
         num_outputs,
-        eps,
         BT=DOT_ROWS,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PREFETCH=8 if num_columns * weight.element_size() >= 1024 else 1,
         **common,
     )
     return y
+
+
+def norm_rows(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, *, use_pdl: bool
+) -> torch.Tensor:
+    """The norm of each row, as an op of its own computes it. [T, C]"""
+    num_rows, num_columns = x.shape
+    normed = torch.empty_like(x)
+    BC = triton.next_power_of_2(num_columns)
+    row_norm_kernel[(num_rows,)](
+        x,
+        norm_weight,
+        normed,
+        eps,
+        C=num_columns,
+        BC=BC,
+        num_warps=max(1, min(16, BC // 256)),
+        **overlap_options(use_pdl),
+    )
+    return normed
+
+
+def library_is_faster(
+    weight: torch.Tensor, scale: torch.Tensor | None, tile: RowTile | None = None
+) -> bool:
+    """Whether PyTorch multiplies several rows by this weight; never where a cut is asked for."""
+    is_plain = scale is None and tile is None and weight.dtype != torch.float32
+    return is_plain and weight.shape[0] >= LIBRARY_OUTPUTS and not IS_INTERPRETED
+
+
+def multiply_by_library(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """PyTorch's product, accumulated in fp32; a residual of another dtype is added after it."""
+    if residual is not None and residual.dtype == x.dtype == out_dtype:
+        return torch.addmm(residual, x, weight.t())
+    is_wider = out_dtype != x.dtype
+    y = torch.mm(x, weight.t(), out_dtype=out_dtype) if is_wider else F.linear(x, weight)
+    return y if residual is None else y.add_(residual)
 
 
 def supports(
@@ -296,7 +369,8 @@ def row_linear_triton(
 ) -> torch.Tensor:
     """See `row_linear_reference`. Up to 16 rows, each with the same bits in any company of 2 to 16.
 
-    A row alone is summed in another order, by `row_linear_gemv_kernel`.
+    A row alone is summed in another order, by `row_linear_gemv_kernel`. Where PyTorch multiplies
+    (see `library_is_faster`) a row's bits may also depend on how many rows there are.
     """
     return row_linear_fwd(
         x, weight, norm_weight, residual, scale, eps=eps, out_dtype=out_dtype or x.dtype

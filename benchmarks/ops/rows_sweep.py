@@ -1,0 +1,113 @@
+"""Other cuts of the kernels of few rows than those chosen by shape, best first."""
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.ops.rows_cases import (
+    BYTES_PER_US,
+    PRODUCTS,
+    A,
+    C,
+    I,
+    Mixture,
+    graph_time,
+    product_calls,
+    random,
+)
+from qnext.kernels.experts_rows.triton_fwd import choose_tile
+from qnext.kernels.experts_rows.triton_gather import GatherTile
+from qnext.kernels.experts_rows.triton_tiles import RowsTile
+from qnext.kernels.row_linear.triton_fwd import RowTile
+
+
+def sweep_products(is_fp8: bool) -> None:
+    """Other cuts of the products, best first."""
+    for name, num_rows in itertools.product(PRODUCTS, (1, 4, 16)):
+        if is_fp8 and name == "head":
+            continue
+        weights, run, num_bytes = product_calls(name, num_rows, is_fp8=is_fp8)
+        size = PRODUCTS[name][1]
+        if num_rows == 1:
+            cuts = itertools.product((1, 2, 4, 8, 16), (size, 1024), (2, 4, 8), (1,))
+        else:
+            columns = (128,) if is_fp8 else (128, 256, 512)
+            cuts = itertools.product((16, 32, 64, 128), columns, (4, 8), (3, 4, 5, 6))
+        results = []
+        for cut in cuts:
+            # Tiles that spill, and pipelines that outgrow shared memory.
+            if num_rows == 1 and not 16 <= cut[0] * cut[1] // (32 * cut[2]) <= 128:
+                continue
+            if num_rows > 1 and (cut[0] + 16) * cut[1] * 2 * cut[3] > 210_000:
+                continue
+            tile = RowTile(*cut)
+            time = graph_time([partial(run, *w, tile=tile) for w in weights], 5)
+            results.append((time, tile))
+        label = name + (" e4m3" if is_fp8 else "")
+        show_sweep(f"{label} T {num_rows}, limit {num_bytes / BYTES_PER_US:.1f}", results)
+
+
+def sweep_experts(mixture: Mixture, label: str) -> None:
+    """Other cuts of the experts by both ways, best first: where they cross is GATHERED_ROWS."""
+    turns = range(len(mixture.gates))
+    for num_rows in (1, 2, 3, 4, 8, 16):
+        xs = [random(num_rows, C) for _ in turns]
+        routings = [mixture.route(xs[turn], turn) for turn in turns]
+        results = []
+        cuts: list[GatherTile | RowsTile] = [*gather_cuts(num_rows)]
+        cuts += tile_cuts(mixture.element_bytes)
+        for tile in cuts:
+            time = graph_time(
+                [partial(mixture.mix, xs[t], routings[t], t, tile=tile) for t in turns], 5
+            )
+            results.append((time, tile))
+        limit = mixture.num_bytes(routings) / BYTES_PER_US
+        chosen = type(choose_tile(num_rows, C, I, A + 1, mixture.element_bytes)).__name__
+        show_sweep(f"experts{label} T {num_rows}, limit {limit:.1f}, {chosen} chosen", results)
+
+
+def gather_cuts(num_rows: int) -> list[GatherTile]:
+    """Cuts of the gathered products; for many rows the default alone, which is far from best."""
+    ups = [(4, C, 8), (2, C, 4), (4, C, 4), (8, C, 8), (8, C, 16), (4, 1024, 4)]
+    downs = [(4, 512, 8), (2, 512, 4), (2, 512, 8), (4, 512, 4), (8, 512, 8), (1, 512, 2)]
+    if num_rows > 2:
+        return [GatherTile(*ups[0], *downs[0])] if num_rows <= 4 else []
+    cuts = [GatherTile(*up, *downs[0]) for up in ups]
+    cuts += [GatherTile(*ups[0], *down) for down in downs[1:]]
+    return cuts + [GatherTile(*ups[0], *downs[0], prefetched) for prefetched in (0, 2, 6, 10)]
+
+
+def tile_cuts(element_bytes: int) -> list[RowsTile]:
+    """Cuts of the tiled products; a step of e4m3 is a block's 128 columns."""
+    if element_bytes == 1:
+        ups = [(64, 128, 4, 5), (64, 128, 4, 3), (32, 128, 4, 5), (128, 128, 4, 3)]
+        downs = [(64, 128, 4, 4), (32, 128, 4, 4), (128, 128, 4, 4)]
+    else:
+        ups = [(64, 64, 4, 5), (64, 128, 4, 3), (32, 128, 4, 5), (32, 64, 4, 8), (64, 32, 4, 8)]
+        downs = [(64, 128, 4, 4), (32, 128, 4, 4), (128, 64, 4, 5), (64, 64, 4, 5), (64, 256, 4, 3)]
+    cuts = [RowsTile(*up, *downs[0]) for up in ups]
+    return cuts + [RowsTile(*ups[0], *down) for down in downs[1:]]
+
+
+def show_sweep(title: str, results: Sequence[tuple[float, object]]) -> None:
+    """The best six and the worst."""
+    ordered = sorted(results, key=lambda pair: pair[0])
+    print(title)
+    for time, tile in (*ordered[:6], ordered[-1]):
+        print(f"  {time:8.1f}  {tile}")
+
+
+def sweep(only: str) -> None:
+    """Print the best cuts of each op whose name has `only` in it, and of each number of rows."""
+    parts = {
+        "products": lambda: sweep_products(False),
+        "products e4m3": lambda: sweep_products(True),
+        "mixture": lambda: sweep_experts(Mixture(), ""),
+        "mixture e4m3": lambda: sweep_experts(Mixture(True), " e4m3"),
+    }
+    for name, part in parts.items():
+        if only in name:
+            part()
+        torch.cuda.empty_cache()
