@@ -28,7 +28,7 @@ MAX_ROWS = TILE_ROWS
 MAX_ACTIVE = 32
 # Up to so many rows each pair reads its expert by itself. By estimate: at 2 rows both ways read 21
 # experts and tiles take one launch more; from 3 on the shared expert's repeats cost more than that.
-GATHERED_ROWS = 2
+GATHERED_ROWS = 0
 
 
 def choose_tile(

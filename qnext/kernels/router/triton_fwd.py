@@ -83,7 +83,7 @@ def router_fwd(
             IS_NORMED=norm_topk_prob,
             BE=triton.next_power_of_2(num_experts),
             BA=triton.next_power_of_2(top_k),
-            num_warps=1 if num_experts <= 256 else 2,
+            num_warps=1,
         )
     return weights, ids
 
@@ -102,5 +102,5 @@ def router_fwd_kernel(
     """One program per row."""
     i_t = tl.program_id(0).to(tl.int64)
     choose_experts(
-        p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA
+        p_logits + i_t * E, p_weights + i_t * A, p_ids + i_t * A, E, A, IS_NORMED, BE, BA, True
     )
