@@ -21,6 +21,7 @@ from qnext.model.qwen3_next import Qwen3Next
 
 # How long a kernel may go on by itself. Text comes in pieces of this length, which nobody notices.
 AHEAD_SECONDS = 0.004
+AHEAD_SECONDS_GPU = 0.012  # the host's part of a call is as long as a step of a small batch there
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ class Engine:
         """Rounds that a kernel may decide by itself, 0 if none; tokens that end them."""
         seconds = self._step_seconds.get(num_drafts)
         is_timed = seconds is not None and not self.speculation.is_trying
-        rounds = max(1, int(AHEAD_SECONDS / seconds)) if is_timed and seconds else 1
+        ahead = AHEAD_SECONDS_GPU if self.runner.device.type == "cuda" else AHEAD_SECONDS
+        rounds = max(1, int(ahead / seconds)) if is_timed and seconds else 1
         window, page_size = num_drafts + 1, self.options.page_size
         end_ids: set[int] = set()
         for request in requests:

@@ -6,6 +6,7 @@ tokens, lengths, pending rows. The host reads the log once for several rounds.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +16,6 @@ from qnext.kernels.decode_step.triton_fwd import (
     Prepared,
     commit_window,
     enter,
-    page_table,
     prepare,
 )
 from qnext.kernels.decode_step.triton_layers import DeviceRows, StepTensors, logits_of, run_step
@@ -33,7 +33,6 @@ MAX_ROUNDS = 16  # of one call
 NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
 # Numbers of sequences that graphs are captured for; others are filled up with padding.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-INTS, FLOATS = 5, 3  # numbers of each sequence that the host sends, beside its pages and seed
 
 
 @triton.jit
@@ -47,8 +46,7 @@ def advance_rounds_kernel(
     p_draft_ids: tl.tensor,
     p_draft_lens: tl.tensor,
     p_draft_contexts: tl.tensor,
-    p_log_tokens: tl.tensor,
-    p_log_counts: tl.tensor,
+    p_log: tl.tensor,
     p_round: tl.tensor,
     p_logits: tl.tensor,
     num_seqs: tl.tensor,
@@ -71,10 +69,11 @@ def advance_rounds_kernel(
     count = tl.where(is_real, accepted + 1, 0)
     # What lies behind them was never written.
     tokens = tl.load(p_tokens + n * Q + o_q, mask=m_q & (o_q < count), other=0)
-    tl.store(p_log_tokens + (i_round * num_seqs + n) * Q + o_q, tokens, mask=m_q)
+    p_log += (i_round * num_seqs + n) * (Q + 1)
+    tl.store(p_log + 1 + o_q, tokens, mask=m_q)
     last = tl.sum(tl.where(o_q == accepted, tokens, 0), 0)
     logit = tl.load(p_logits + (n * Q + accepted).to(tl.int64) * W + last, mask=is_real, other=0.0)
-    tl.store(p_log_counts + i_round * num_seqs + n, tl.where(logit == logit, count, -1))
+    tl.store(p_log, tl.where(logit == logit, count, -1).to(tl.int64))
     context = tl.load(p_contexts + n)
     tl.store(p_draft_ids + n * Q + o_q, tokens, mask=m_q)
     tl.store(p_draft_lens + n, count)
@@ -82,6 +81,60 @@ def advance_rounds_kernel(
     tl.store(p_last + n, last)
     tl.store(p_pending + n, accepted)
     tl.store(p_contexts + n, context + count)
+
+
+class SentInputs:
+    """What the host sends before the first round, in one copy.
+
+    Attributes:
+        words: last tokens and seeds. [2, N], int64
+        ints: rows of a window (0 is padding), contexts, slots, pending rows, top_k. [5, N], int32
+        floats: temperature, top_p, min_p. [3, N], fp32
+        pages: [N, P], int32
+    """
+
+    def __init__(self, num_seqs: int, max_pages: int, device: torch.device) -> None:
+        sizes = (16 * num_seqs, 20 * num_seqs, 12 * num_seqs, 4 * num_seqs * max_pages)
+        # On the host pinned, so that the copy needs no other.
+        self.host = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.device = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        self.words, self.ints, self.floats, self.pages = self._parts(self.device, sizes, num_seqs)
+        parts = self._parts(self.host, sizes, num_seqs)
+        self.host_words, self.host_ints, self.host_floats, self.host_pages = (
+            part.numpy() for part in parts
+        )
+
+    @staticmethod
+    def _parts(
+        memory: torch.Tensor, sizes: tuple[int, ...], num_seqs: int
+    ) -> tuple[torch.Tensor, ...]:
+        words, ints, floats, pages = memory.split(sizes)
+        return (
+            words.view(torch.int64).view(2, num_seqs),
+            ints.view(torch.int32).view(5, num_seqs),
+            floats.view(torch.float32).view(3, num_seqs),
+            pages.view(torch.int32).view(num_seqs, -1),
+        )
+
+    def send(self, rounds: Rounds, window: int, num_pending: list[int]) -> None:
+        """Write the inputs of the first round; the copy before has ended."""
+        rows, n = rounds.rows, len(rounds.cuts)
+        self.host_ints[0] = 0
+        self.host_ints[0, :n] = window
+        self.host_ints[1, :n], self.host_ints[2, :n] = rows.context_lens, rows.state_slots
+        self.host_ints[3, :n] = num_pending
+        self.host_ints[4, :n] = [0 if cuts is None else cuts.top_k for cuts in rounds.cuts]
+        self.host_floats[:, :n] = [
+            [0.0 if cuts is None else cuts.temperature for cuts in rounds.cuts],
+            [1.0 if cuts is None else cuts.top_p for cuts in rounds.cuts],
+            [0.0 if cuts is None else cuts.min_p for cuts in rounds.cuts],
+        ]
+        self.host_words[0, :n] = rows.token_ids
+        # Seeds are 64 bits without a sign, torch's integers have one.
+        self.host_words[1, :n] = np.array(rounds.seeds, dtype=np.uint64).view(np.int64)
+        for row, pages in zip(self.host_pages, rows.pages, strict=False):
+            row[: len(pages)] = pages
+        self.device.copy_(self.host, non_blocking=True)
 
 
 @dataclass
@@ -99,8 +152,7 @@ class _Buffers:
     draft_lens: torch.Tensor  # [N], int32
     draft_contexts: torch.Tensor
     draft_states: torch.Tensor  # [N * Q, C]
-    log_tokens: torch.Tensor  # [MAX_ROUNDS, N, Q], int64
-    log_counts: torch.Tensor  # [MAX_ROUNDS, N], int32
+    log: torch.Tensor  # how many tokens were decided, and which. [MAX_ROUNDS, N, 1 + Q], int64
     log_states: torch.Tensor  # [MAX_ROUNDS, N, C]; of rounds without drafts
     round: torch.Tensor  # [1], int64
 
@@ -135,28 +187,28 @@ class CapturedRounds:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        self.sent = sent = SentInputs(n, max_pages, device)
         fields = SamplingFields(
-            temperature=zeros(n, dtype=torch.float32),
-            top_k=zeros(n),
-            top_p=zeros(n, dtype=torch.float32) + 1.0,
-            min_p=zeros(n, dtype=torch.float32),
-            seed=zeros(n, dtype=torch.int64),
+            temperature=sent.floats[0],
+            top_p=sent.floats[1],
+            min_p=sent.floats[2],
+            top_k=sent.ints[4],
+            seed=sent.words[1],
             position=zeros(n),
         )
         self.buffers = _Buffers(
-            lens=zeros(n),
-            contexts=zeros(n),
-            slots=zeros(n),
-            pending=zeros(n),
-            last_ids=zeros(n, dtype=torch.int64),
-            pages=zeros(n, max_pages),
+            lens=sent.ints[0],
+            contexts=sent.ints[1],
+            slots=sent.ints[2],
+            pending=sent.ints[3],
+            last_ids=sent.words[0],
+            pages=sent.pages,
             fields=fields,
             draft_ids=zeros(n, q, dtype=torch.int64),
             draft_lens=zeros(n),
             draft_contexts=zeros(n),
             draft_states=zeros(n * q, size, dtype=dtype),
-            log_tokens=zeros(MAX_ROUNDS, n, q, dtype=torch.int64),
-            log_counts=zeros(MAX_ROUNDS, n),
+            log=zeros(MAX_ROUNDS, n, q + 1, dtype=torch.int64),
             log_states=zeros(MAX_ROUNDS, n, size, dtype=dtype),
             round=zeros(1, dtype=torch.int64),
         )
@@ -217,8 +269,7 @@ class CapturedRounds:
             b.draft_ids,
             b.draft_lens,
             b.draft_contexts,
-            b.log_tokens,
-            b.log_counts,
+            b.log,
             b.round,
             logits,
             self.num_seqs,
@@ -296,17 +347,17 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
     num_seqs, num_drafts = len(rounds.cuts), rounds.num_drafts
     captured = _captured(trunk, draft, rounds)
     b = captured.buffers
-    _send(captured, prepared, rounds)
+    pending = [prepared.slots[slot].num_pending for slot in rounds.rows.state_slots]
+    captured.sent.send(rounds, captured.window, pending)
+    if rounds.draft_rows is not None:
+        _send_draft_rows(captured, rounds)
     num_rounds = min(rounds.max_rounds, MAX_ROUNDS)
     captured.replay(num_rounds)
-    counts = b.log_counts[:num_rounds].cpu()[:, :num_seqs].tolist()
-    decided = b.log_tokens[:num_rounds, :num_seqs].cpu().tolist()
+    log = b.log[:num_rounds, :num_seqs].cpu().tolist()  # waits for the device, once
+    tokens = [[own[1 : 1 + own[0]] for own in row] for row in log]
+    counts = [[own[0] for own in row] for row in log]
     if min(map(min, counts)) < 0:
         raise ValueError(NOT_NUMBERS)
-    tokens = [
-        [own[:count] for own, count in zip(row, kept, strict=True)]
-        for row, kept in zip(decided, counts, strict=True)
-    ]
     slots = rounds.rows.state_slots
     for n, slot in enumerate(slots):
         total = sum(row[n] for row in counts)
@@ -345,44 +396,6 @@ def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> Ca
         prepared.graphs[key] = captured
     found: CapturedRounds = prepared.graphs[key]
     return found
-
-
-def _send(captured: CapturedRounds, prepared: Prepared, rounds: Rounds) -> None:
-    """Write the inputs of the first round."""
-    b, rows = captured.buffers, rounds.rows
-    num_seqs, size = len(rounds.cuts), captured.num_seqs
-    window = captured.window
-    device = b.lens.device
-    ints = torch.zeros(INTS, size, dtype=torch.int32)
-    pending = [prepared.slots[slot].num_pending for slot in rows.state_slots]
-    ints[0, :num_seqs] = window
-    ints[1, :num_seqs] = torch.tensor(rows.context_lens)
-    ints[2, :num_seqs] = torch.tensor(rows.state_slots)
-    ints[3, :num_seqs] = torch.tensor(pending)
-    ints[4, :num_seqs] = torch.tensor([0 if c is None else c.top_k for c in rounds.cuts])
-    floats = torch.zeros(FLOATS, size)
-    floats[1] = 1.0
-    floats[0, :num_seqs] = torch.tensor([0.0 if c is None else c.temperature for c in rounds.cuts])
-    floats[1, :num_seqs] = torch.tensor([1.0 if c is None else c.top_p for c in rounds.cuts])
-    floats[2, :num_seqs] = torch.tensor([0.0 if c is None else c.min_p for c in rounds.cuts])
-    words = torch.zeros(2, size, dtype=torch.int64)
-    words[0, :num_seqs] = torch.tensor(rows.token_ids)
-    # Seeds are 64 bits without a sign, torch's integers have one.
-    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in rounds.seeds]
-    words[1, :num_seqs] = torch.tensor(signed)
-    fields = b.fields
-    targets = (b.lens, b.contexts, b.slots, b.pending, fields.top_k)
-    for target, values in zip(targets, ints.to(device), strict=True):
-        target.copy_(values)
-    real_targets = (fields.temperature, fields.top_p, fields.min_p)
-    for target, numbers in zip(real_targets, floats.to(device), strict=True):
-        target.copy_(numbers)
-    for target, values in zip((b.last_ids, fields.seed), words.to(device), strict=True):
-        target.copy_(values)
-    table = page_table(captured.trunk.step, rows.pages)
-    b.pages[:num_seqs, : table.shape[1]] = table.to(device)
-    if rounds.draft_rows is not None:
-        _send_draft_rows(captured, rounds)
 
 
 def _send_draft_rows(captured: CapturedRounds, rounds: Rounds) -> None:

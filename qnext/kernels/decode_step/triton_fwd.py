@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
@@ -136,11 +137,10 @@ def decode_step_triton(step: DecodeStep, rows: WindowRows) -> StepOutput:
 
 def page_table(step: DecodeStep, pages: Sequence[Sequence[int]]) -> torch.Tensor:
     """Pages of each sequence, filled up with page 0. [N, P], int32, on the host"""
-    width = max(map(len, pages))
-    table = torch.zeros(len(pages), width, dtype=torch.int32)
+    table = np.zeros((len(pages), max(map(len, pages))), dtype=np.int32)
     for row, own in zip(table, pages, strict=True):
-        row[: len(own)] = torch.tensor(own, dtype=torch.int32)
-    return table
+        row[: len(own)] = own
+    return torch.from_numpy(table)
 
 
 def start_slot(step: DecodeStep, slot: int) -> None:
