@@ -38,7 +38,7 @@ SLOW_SECONDS = 1.0
 _logger = logging.getLogger("qnext.kernels")
 
 Table, Floats = types.CPointer(types.int64), types.CPointer(types.float32)
-SPIN_ROUNDS = 1000  # some 20 us
+SPIN_ROUNDS = 5000  # some 100 us, longer than one thread takes to decide a token alone
 # Resolved when a kernel is linked, so that compiled code can be kept on disk.
 thread_idx = types.ExternalFunction("qnext_team_thread_idx", types.int32())
 team_size = types.ExternalFunction("qnext_team_size", types.int32())
