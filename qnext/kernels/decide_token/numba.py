@@ -8,6 +8,7 @@ from qnext.kernels.cpu_lanes import doubles_at, floats_at
 from qnext.kernels.cpu_team import TeamKernel
 from qnext.kernels.decide_token.reference import Choice, Cuts, Draws, FloatArray
 from qnext.kernels.decide_token.step import (
+    WEIGH,
     is_accepted,
     pick_token,
     room_size,
@@ -17,7 +18,9 @@ from qnext.kernels.decide_token.step import (
 
 # Places in the kernel's table. NUMBERS: temperature, top_k, top_p, min_p; three draws; the draft's
 # sum of weights; the sum of weights that comes back.
-_SIZE, _LOGITS, _WEIGHTS, _ROOM, _NUMBERS, _DRAFT, _DRAFT_ID, _BEST, _TOKEN, _NUM_FIELDS = range(10)
+_SIZE, _LOGITS, _WEIGHTS, _ROOM, _NUMBERS, _DRAFT, _DRAFT_ID, _BEST, _TOKEN, _WEIGH, _NUM_FIELDS = (
+    range(11)
+)
 _DRAWS, _DRAFT_TOTAL, _TOTAL, _NUM_NUMBERS = 4, 7, 8, 9
 
 
@@ -34,7 +37,7 @@ def supports(
 def _decide(t: Any) -> None:
     size, weights, room = t[_SIZE], floats_at(t[_WEIGHTS]), doubles_at(t[_ROOM])
     numbers, logits = doubles_at(t[_NUMBERS]), floats_at(t[_LOGITS])
-    total = weigh(logits, logits[t[_BEST]], size, numbers, weights, room)
+    total = weigh(t[_WEIGH], logits, logits[t[_BEST]], size, numbers, weights, room)
     draw = numbers[_DRAWS]
     t[_TOKEN] = -1
     if t[_DRAFT]:
@@ -62,7 +65,7 @@ def decide_token_numba(
     table = np.zeros(_NUM_FIELDS, dtype=np.int64)
     table[_SIZE], table[_LOGITS], table[_WEIGHTS] = row.size, row.ctypes.data, weights.ctypes.data
     table[_ROOM], table[_NUMBERS] = room.ctypes.data, numbers.ctypes.data
-    table[_BEST] = row.argmax()
+    table[_BEST], table[_WEIGH] = row.argmax(), WEIGH.address
     if draft is not None:
         draft_weights = np.ascontiguousarray(draft.weights)
         table[_DRAFT], table[_DRAFT_ID] = draft_weights.ctypes.data, draft.token_id

@@ -6,13 +6,17 @@ Weights are fp32, their sums float64 and in one order, so a row decides alike wh
 from typing import Any
 
 import numpy as np
+from numba import types
 
-from qnext.kernels.cpu_lanes import inner, to_bits
+from qnext.kernels.cpu_lanes import call_at, inner, offset, to_bits
 from qnext.kernels.cpu_math import exp
+from qnext.kernels.cpu_team import CompiledFunction, Floats
 from qnext.runtime.random_bits import PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, PHILOX_ROUNDS
 
 BLOCK = 64  # weights summed together, so that a draw need not walk through all of them
 NUM_BINS = 4096  # of the first digit of a cut; the two others have fewer
+# Room begins with what goes in and out of `WEIGH`: sizes, the largest logit, the sum of weights.
+_SIZE, _TOP, _TOTAL, _HEADER = range(4)
 _ZERO, _LOWEST = np.float32(0.0), np.float32(-87.0)
 _MULTIPLIER_0, _MULTIPLIER_1 = map(np.uint64, PHILOX_MULTIPLIERS)
 _STEP_0, _STEP_1 = map(np.uint64, PHILOX_KEY_STEPS)
@@ -22,7 +26,7 @@ _UNIT = 2.0**-53
 
 def room_size(vocab_size: int) -> int:
     """Numbers of float64 that deciding a token takes to work in."""
-    return max(NUM_BINS, -(-vocab_size // BLOCK))
+    return _HEADER + max(NUM_BINS, -(-vocab_size // BLOCK))
 
 
 @inner
@@ -106,17 +110,9 @@ def _cut(values: Any, size: Any, is_counting: Any, goal: Any, weights: Any, room
             above += 1.0 if is_counting else np.float64(weights[i])
 
 
-@inner
-def weigh(logits: Any, top: Any, size: Any, cuts: Any, weights: Any, room: Any) -> Any:
-    """Weights of the tokens that may be drawn, as `token_weights`; returns their sum.
-
-    Args:
-        logits: fp32. [W]
-        top: the largest of them.
-        cuts: temperature, top_k, top_p, min_p. float64
-        weights: is filled. fp32 [W]
-        room: float64 [room_size]; gets the sum of each block of the weights.
-    """
+def _weigh(logits: Any, weights: Any, cuts: Any, room: Any) -> None:
+    """See `weigh`."""
+    size, top, work = np.int64(room[_SIZE]), np.float32(room[_TOP]), offset(room, _HEADER)
     inverse = np.float32(1.0 / cuts[0])
     for i in range(size):
         x = (logits[i] - top) * inverse
@@ -126,11 +122,35 @@ def weigh(logits: Any, top: Any, size: Any, cuts: Any, weights: Any, room: Any) 
         for i in range(size):
             weights[i] = weights[i] if weights[i] >= min_p else _ZERO
     if 0.0 < top_k < size:
-        _cut(logits, size, True, top_k, weights, room)
+        _cut(logits, size, True, top_k, weights, work)
     if top_p < 1.0:
-        goal = top_p * _sum_blocks(weights, size, room)
-        _cut(weights, size, False, goal, weights, room)
-    return _sum_blocks(weights, size, room)
+        goal = top_p * _sum_blocks(weights, size, work)
+        _cut(weights, size, False, goal, weights, work)
+    room[_TOTAL] = _sum_blocks(weights, size, work)
+
+
+_DOUBLES = types.CPointer(types.float64)
+# Called by its address: it is long, and a step decides in several places.
+WEIGH = CompiledFunction(_weigh, types.void(Floats, Floats, _DOUBLES, _DOUBLES))
+
+
+@inner
+def weigh(
+    address: Any, logits: Any, top: Any, size: Any, cuts: Any, weights: Any, room: Any
+) -> Any:
+    """Weights of the tokens that may be drawn, as `token_weights`; returns their sum.
+
+    Args:
+        address: of `WEIGH`.
+        logits: fp32. [W]
+        top: the largest of them.
+        cuts: temperature, top_k, top_p, min_p. float64
+        weights: is filled. fp32 [W]
+        room: float64 [room_size]; keeps the sum of each block of the weights.
+    """
+    room[_SIZE], room[_TOP] = np.float64(size), np.float64(top)
+    call_at(address, logits, weights, cuts, room)
+    return room[_TOTAL]
 
 
 @inner
@@ -142,10 +162,11 @@ def pick_token(weights: Any, size: Any, total: Any, u: Any, room: Any) -> Any:
     """
     if not total > 0.0:
         return -1
+    sums = offset(room, _HEADER)
     goal, reached = u * total, 0.0
     block, num_blocks = 0, (size + BLOCK - 1) // BLOCK
-    while block < num_blocks - 1 and reached + room[block] <= goal:
-        reached += room[block]
+    while block < num_blocks - 1 and reached + sums[block] <= goal:
+        reached += sums[block]
         block += 1
     found = -1
     # Within a block sums run in another order: what is missing at its end goes to the next token.
@@ -188,4 +209,4 @@ def subtract_draft(
         for i in range(size):
             rest = target[i] * scale - draft[i] * draft_scale
             target[i] = rest if rest > _ZERO else _ZERO
-    return _sum_blocks(target, size, room)
+    return _sum_blocks(target, size, offset(room, _HEADER))

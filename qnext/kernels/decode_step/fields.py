@@ -109,6 +109,7 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     DRAFT_TOTALS,  # float64 [N, D]
     TARGET_WEIGHTS,  # fp32 [threads, W]
     DECIDE_ROOM,  # float64, for each thread
+    WEIGH,  # address of the function
     DECIDED,  # int64 [rounds, N, Q]: the drafts that stand, then one token more; -1: no number
     COUNTS,  # int64 [rounds, N]: how many were decided
     END_IDS,  # int64: tokens after which no further round is taken
@@ -156,4 +157,4 @@ E experts, A per token, I width, W vocabulary. An address is 0 where there is no
     STRIDE_DECIDE,
     MAX_ROWS,
     NUM_FIELDS,
-) = range(112)
+) = range(113)

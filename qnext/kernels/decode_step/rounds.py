@@ -12,6 +12,7 @@ import torch
 from qnext.kernels.cpu_lanes import call_at, doubles_at, floats_at, inner, ints_at, offset, words_at
 from qnext.kernels.cpu_team import TeamKernel, meet, share, thread_idx
 from qnext.kernels.decide_token.step import (
+    WEIGH,
     is_accepted,
     pick_token,
     room_size,
@@ -59,7 +60,7 @@ def _choose(t: Any, step: Any, row: Any, n: Any, draw: Any, weights: Any) -> Any
         return best, 0.0
     size, room = step[F.VOCAB], _decide_room(t)
     logits = offset(floats_at(step[F.LOGITS]), row * size)
-    total = weigh(logits, logits[best], size, cuts, weights, room)
+    total = weigh(t[F.WEIGH], logits, logits[best], size, cuts, weights, room)
     position, purpose = draw
     u = uniform_draw(words_at(t[F.SEEDS])[n], position, purpose)
     return pick_token(weights, size, total, u, room), total
@@ -136,7 +137,7 @@ def _verify(t: Any, n: Any, decided: Any) -> Any:
         token_id = best
         if best >= 0 and cuts[0] > 0.0:
             logits = offset(floats_at(t[F.LOGITS]), row * size)
-            total = weigh(logits, logits[best], size, cuts, target, room)
+            total = weigh(t[F.WEIGH], logits, logits[best], size, cuts, target, room)
             draft = offset(floats_at(t[F.DRAFT_WEIGHTS]), item * size)
             draft_total = doubles_at(t[F.DRAFT_TOTALS])[item]
             u = uniform_draw(seed, position, _ACCEPT)
@@ -256,7 +257,7 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
     table[F.NUM_END_IDS], room[F.END_IDS][: len(end_ids)] = len(end_ids), end_ids
     table[F.NUM_DRAFTS] = rounds.num_drafts
     table[F.MAX_STEPS], table[F.NUM_STEPS] = min(rounds.max_rounds, MAX_STEPS), 1
-    table[F.DRAFT_TABLE] = 0
+    table[F.DRAFT_TABLE], table[F.WEIGH] = 0, WEIGH.address
     num_threads = fill_threads(prepared, num_seqs * window + (window > 1) * _DRAFTING)
     if window > 1:
         assert draft is not None and rounds.draft_rows is not None, "drafts without a draft layer"
