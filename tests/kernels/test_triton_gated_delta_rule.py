@@ -8,7 +8,7 @@ from tests.kernels.triton_env import DEVICE, HALF, IS_INTERPRETED, error
 
 pytest.importorskip("triton")
 
-from qnext.kernels.gated_delta_rule import triton_chunks
+from qnext.kernels.gated_delta_rule import triton_chunks, triton_fwd
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_rule.summary import gated_delta_summary_reference
 from qnext.kernels.gated_delta_rule.torch import gated_delta_rule_torch
@@ -101,6 +101,40 @@ def test_equal_keys_written_in_full_are_still_inverted_exactly():
     inputs, bounds = _inputs((1, 1, 16, 16), (90,), 0.0, torch.float32, alike=30.0)
     inputs[4].fill_(1.0)
     _check(inputs, bounds, 1e-4)
+
+
+def test_equal_keys_are_inverted_as_exactly_as_16_bits_allow():
+    inputs, bounds = _inputs((1, 2, 16, 16), (90,), 0.0, torch.float16, alike=30.0)
+    inputs[4].fill_(1.0)
+    _check(inputs, bounds, LIMITS[torch.float16])
+
+
+def test_states_kept_by_the_forward_give_the_gradients_of_states_computed_again(monkeypatch):
+    inputs, bounds = _inputs((1, 2, 16, 16), (70, 5), 0.1, torch.float32)
+    kept = _results(gated_delta_rule_triton, inputs, bounds, True)
+    monkeypatch.setattr(triton_fwd, "KEEP_STATES_TOKENS", 74)
+    again = _results(gated_delta_rule_triton, inputs, bounds, True)
+    for name, a, b in zip(NAMES, kept, again, strict=True):
+        assert error(a, b) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "tokens, has_grad, kept", [(70, True, True), (70, False, False), (71, True, False)]
+)
+def test_states_are_kept_only_for_gradients_of_few_tokens(monkeypatch, tokens, has_grad, kept):
+    monkeypatch.setattr(triton_fwd, "KEEP_STATES_TOKENS", 70)
+    inputs, bounds = _inputs((1, 1, 16, 16), (tokens,), 0.1, torch.float32)
+    written = []
+    launch = triton_fwd.scan_outputs
+
+    def scan_outputs(*args, **kwargs):
+        written.append(launch(*args, **kwargs))
+        return written[-1]
+
+    monkeypatch.setattr(triton_fwd, "scan_outputs", scan_outputs)
+    with torch.set_grad_enabled(has_grad):
+        gated_delta_rule_triton(*[x.requires_grad_() for x in inputs[:5]], cu_seqlens=bounds)
+    assert (written[0][2] is not None) == kept
 
 
 def test_beta_of_zero_has_a_gradient():

@@ -14,9 +14,8 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     block_size,
     decay_between,
     product,
-    running_log_decay,
 )
-from qnext.kernels.gated_delta_rule.triton_scan import scan_states, value_block
+from qnext.kernels.gated_delta_rule.triton_scan import States, scan_states, value_block
 
 HEADS = 16  # heads of one program of the last kernel
 
@@ -75,6 +74,9 @@ def gated_delta_rule_bwd_state_kernel(
     else:
         b_dstate = tl.zeros([BK, BV], dtype=tl.float32)
 
+    # One chunk ahead: a load of a single number is not pipelined.
+    p_through = p_decay + ((i_slot + num_chunks - 1) * Hv + i_h) * 5 * BT + BT - 1
+    through = tl.load(p_through, mask=num_chunks > 0, other=0.0)
     for i_back in range(num_chunks):
         i_c = num_chunks - 1 - i_back
         m_t = start + i_c * BT + o_t < end
@@ -88,10 +90,11 @@ def gated_delta_rule_bwd_state_kernel(
         b_dout = tl.load(p_dout + i_out + o_out, mask=m_tv, other=0.0)
         b_inverse = tl.load(p_inverse + i_tile * BT + o_tt)
         b_scores = tl.load(p_scores + i_tile * BT + o_tt)
-        p_row = p_decay + 3 * i_tile + o_t
+        p_row = p_decay + 5 * i_tile + o_t
         b_from_start = tl.load(p_row)[:, None]
         b_write = tl.load(p_row + 2 * BT)[:, None]
-        through = tl.load(p_decay + 3 * i_tile + BT - 1)
+        p_through -= Hv * 5 * BT
+        through_next = tl.load(p_through, mask=i_c > 0, other=0.0)
 
         b_rounded = b_dstate.to(dtype)
         p_after = p_dstates + ((i_slot + i_c) * Hv + i_h) * K * V + o_state
@@ -101,6 +104,7 @@ def gated_delta_rule_bwd_state_kernel(
         b_dz = product(tl.trans(b_inverse), b_de.to(dtype), IS_FP32)
         tl.store(p_dv + i_out + o_out, b_dz.to(dtype), mask=m_tv)
         b_dstate *= through
+        through = through_next
         b_reads = (b_dout.to(tl.float32) * b_from_start).to(dtype)
         b_dstate += product(tl.trans(b_q), b_reads, IS_FP32)
         b_dstate += product(tl.trans(b_k), (-b_dz * b_from_start).to(dtype), IS_FP32)
@@ -109,89 +113,18 @@ def gated_delta_rule_bwd_state_kernel(
         tl.store(p_dinitial + o_edge, b_dstate, mask=m_kv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def gated_delta_rule_bwd_scores_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
-    p_g: tl.tensor,
     p_beta: tl.tensor,
     p_dout: tl.tensor,
     p_dv: tl.tensor,
     p_change: tl.tensor,
-    p_table: tl.tensor,
-    p_dscores: tl.tensor,
-    p_doverlap: tl.tensor,
-    p_sums: tl.tensor,
-    stride_q: tl.tensor,
-    stride_k: tl.tensor,
-    Hk: tl.constexpr,
-    Hv: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    IS_FP32: tl.constexpr,
-) -> None:
-    """Gradients of q k^T and k k^T inside a chunk, and what they give to G and beta."""
-    i_slot = tl.program_id(0) // Hv
-    i_h = tl.program_id(0) % Hv
-    start = tl.load(p_table + 2 * i_slot)
-    end = tl.load(p_table + 2 * i_slot + 1)
-    if end <= start:
-        return
-    o_i = tl.arange(0, BT)
-    m_t = start + o_i < end
-    row = start.to(tl.int64)
-    o_v = tl.arange(0, BV)
-    o_k = tl.arange(0, BK)
-    m_tv = m_t[:, None] & (o_v < V)[None, :]
-    m_tk = m_t[:, None] & (o_k < K)[None, :]
-    i_out = (row * Hv + i_h) * V
-    o_out = o_i[:, None] * (Hv * V) + o_v[None, :]
-    i_hk = i_h // (Hv // Hk)
-    dtype = p_k.dtype.element_ty
-
-    b_change = tl.load(p_change + i_out + o_out, mask=m_tv, other=0.0)
-    b_dout = tl.load(p_dout + i_out + o_out, mask=m_tv, other=0.0)
-    b_read = product(b_dout, tl.trans(b_change), IS_FP32)
-    b_dz = tl.load(p_dv + i_out + o_out, mask=m_tv, other=0.0)
-    b_erase = product(b_dz, tl.trans(b_change), IS_FP32)
-
-    b_high, b_low = running_log_decay(p_g, start, end, i_h, Hv, BT)
-    b_decay = decay_between(b_high, b_low, BT)
-    b_beta = tl.load(p_beta + row * Hv + i_h + o_i * Hv, mask=m_t, other=0.0)
-    b_read *= b_decay
-    # The minus of dA = -dZ E^T.
-    b_erase = tl.where(o_i[:, None] > o_i[None, :], -b_erase * b_decay, 0.0)
-    i_tile = (i_slot.to(tl.int64) * Hv + i_h) * BT
-    o_tile = o_i[:, None] * BT + o_i[None, :]
-    tl.store(p_dscores + i_tile * BT + o_tile, (b_read * b_beta[None, :]).to(dtype))
-    tl.store(p_doverlap + i_tile * BT + o_tile, (b_erase * b_beta[None, :]).to(dtype))
-
-    p_x = p_k + row * stride_k + i_hk * K
-    b_k = tl.load(p_x + o_i[:, None] * stride_k + o_k[None, :], mask=m_tk, other=0.0)
-    b_sum = b_erase * product(b_k, tl.trans(b_k), IS_FP32)
-    p_x = p_q + row * stride_q + i_hk * K
-    b_q = tl.load(p_x + o_i[:, None] * stride_q + o_k[None, :], mask=m_tk, other=0.0)
-    b_sum += b_read * product(b_q, tl.trans(b_k), IS_FP32)
-    p_sum = p_sums + 2 * i_tile + o_i
-    tl.store(p_sum, tl.sum(b_sum * b_beta[None, :], axis=1))
-    tl.store(p_sum + BT, tl.sum(b_sum, axis=0))
-
-
-@triton.jit(do_not_specialize=["num_slots"])
-def gated_delta_rule_bwd_query_kernel(
-    p_q: tl.tensor,
-    p_k: tl.tensor,
-    p_dout: tl.tensor,
-    p_states: tl.tensor,
-    p_dstates: tl.tensor,
-    p_dscores: tl.tensor,
     p_decay: tl.tensor,
     p_table: tl.tensor,
-    p_dq: tl.tensor,
-    p_parts: tl.tensor,
+    p_dscores: tl.tensor,
+    p_sums: tl.tensor,
     stride_q: tl.tensor,
     stride_k: tl.tensor,
     num_slots: tl.tensor,
@@ -204,14 +137,13 @@ def gated_delta_rule_bwd_query_kernel(
     BV: tl.constexpr,
     IS_FP32: tl.constexpr,
 ) -> None:
-    """dq of one chunk, one key head and BK columns, summed over the head's value heads.
+    """Gradients of q k^T, or of k k^T, inside a chunk, and what they give to G and beta.
 
-    Tiles are transposed, [columns, tokens], so that each product's left factor comes from memory.
+    The value heads of a key head share both products, so their gradients are summed here.
     """
-    NK: tl.constexpr = (K + BK - 1) // BK
-    i_k = tl.program_id(0) % NK
-    i_hk = tl.program_id(0) // NK % Hk
-    i_slot = (tl.program_id(0) // (NK * Hk)).to(tl.int64)
+    is_erase = tl.program_id(0) % 2 == 1  # neighbours share E and k
+    i_hk = tl.program_id(0) // 2 % Hk
+    i_slot = (tl.program_id(0) // (2 * Hk)).to(tl.int64)
     start = tl.load(p_table + 2 * i_slot)
     end = tl.load(p_table + 2 * i_slot + 1)
     if end <= start:
@@ -219,51 +151,56 @@ def gated_delta_rule_bwd_query_kernel(
     o_i = tl.arange(0, BT)
     m_t = start + o_i < end
     row = start.to(tl.int64)
-    o_k = i_k * BK + tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    m_tk = m_t[:, None] & (o_k < K)[None, :]
-    m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
+    o_k = tl.arange(0, BK)
     m_tv = m_t[:, None] & (o_v < V)[None, :]
+    m_tk = m_t[:, None] & (o_k < K)[None, :]
     o_out = o_i[:, None] * (Hv * V) + o_v[None, :]
-    o_state = o_k[:, None] * V + o_v[None, :]
     o_tile = o_i[:, None] * BT + o_i[None, :]
-    p_x = p_q + row * stride_q + i_hk * K
-    b_q = tl.load(p_x + o_i[:, None] * stride_q + o_k[None, :], mask=m_tk, other=0.0)
-    p_x = p_k + row * stride_k + i_hk * K
-    b_k = tl.load(p_x + o_i[:, None] * stride_k + o_k[None, :], mask=m_tk, other=0.0)
-    b_dq = tl.zeros([BK, BT], dtype=tl.float32)
+    # The kind's own rows, and whether a token pairs with itself.
+    p_left = tl.where(is_erase, p_dv, p_dout)
+    p_x = tl.where(is_erase, p_k, p_q) + i_hk * K
+    stride_x = tl.where(is_erase, stride_k, stride_q)
+    nearest = tl.where(is_erase, 1, 0)
+    sign = tl.where(is_erase, -1.0, 1.0)  # dA = -dZ E^T
+
+    p_x += row * stride_x
+    b_x = tl.load(p_x + o_i[:, None] * stride_x + o_k[None, :], mask=m_tk, other=0.0)
+    p_y = p_k + row * stride_k + i_hk * K
+    b_k = tl.load(p_y + o_i[:, None] * stride_k + o_k[None, :], mask=m_tk, other=0.0)
+    b_overlap = product(b_x, tl.trans(b_k), IS_FP32)
+    b_total = tl.zeros([BT, BT], dtype=tl.float32)
     for i_h in range(i_hk * (Hv // Hk), (i_hk + 1) * (Hv // Hk)):
-        i_head = i_slot * Hv + i_h
         i_out = (row * Hv + i_h) * V
-        b_state = tl.load(p_states + i_head * K * V + o_state, mask=m_kv, other=0.0)
-        b_dstate = tl.load(p_dstates + i_head * K * V + o_state, mask=m_kv, other=0.0)
-        carried = tl.sum(tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), axis=1), axis=0)
-        p_row = p_decay + 3 * i_head * BT + o_i
-        p_part = p_parts + (i_k * num_slots * Hv + i_head) * 4 * BT + o_i
-        tl.store(p_part + 3 * BT, tl.where(o_i == BT - 1, tl.load(p_row) * carried, 0.0))
-        b_dout = tl.load(p_dout + i_out + o_out, mask=m_tv, other=0.0)
-        b_x = product(b_state, tl.trans(b_dout), IS_FP32) * tl.load(p_row)[None, :]
-        tl.store(p_part, tl.sum(b_x * tl.trans(b_q).to(tl.float32), axis=0))
-        b_dscores = tl.load(p_dscores + i_head * BT * BT + o_tile)
-        b_dq += b_x
-        b_dq += product(tl.trans(b_k), tl.trans(b_dscores), IS_FP32)
-    p_x = p_dq + (row * Hk + i_hk) * K + o_i[None, :] * (Hk * K) + o_k[:, None]
-    m_dq = (o_k < K)[:, None] & m_t[None, :]
-    tl.store(p_x, b_dq.to(p_dq.dtype.element_ty), mask=m_dq)
+        b_left = tl.load(p_left + i_out + o_out, mask=m_tv, other=0.0)
+        b_change = tl.load(p_change + i_out + o_out, mask=m_tv, other=0.0)
+        i_tile = (i_slot * Hv + i_h) * BT
+        p_row = p_decay + 5 * i_tile + o_i
+        b_decay = decay_between(tl.load(p_row + 3 * BT), tl.load(p_row + 4 * BT), nearest, BT)
+        b_beta = tl.load(p_beta + row * Hv + i_h + o_i * Hv, mask=m_t, other=0.0)
+        b_pairs = product(b_left, tl.trans(b_change), IS_FP32) * (sign * b_decay)
+        b_total += b_pairs * b_beta[None, :]
+        b_pairs *= b_overlap
+        p_sum = p_sums + (nearest * num_slots.to(tl.int64) * Hv * BT + i_tile) * 2 + o_i
+        tl.store(p_sum, tl.sum(b_pairs * b_beta[None, :], axis=1))
+        tl.store(p_sum + BT, tl.sum(b_pairs, axis=0))
+    p_tile = p_dscores + ((i_slot * Hk + i_hk) * 2 + nearest) * BT * BT
+    tl.store(p_tile + o_tile, b_total.to(p_dscores.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def gated_delta_rule_bwd_key_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
+    p_dout: tl.tensor,
     p_dv: tl.tensor,
     p_change: tl.tensor,
     p_states: tl.tensor,
     p_dstates: tl.tensor,
     p_dscores: tl.tensor,
-    p_doverlap: tl.tensor,
     p_decay: tl.tensor,
     p_table: tl.tensor,
+    p_dq: tl.tensor,
     p_dk: tl.tensor,
     p_parts: tl.tensor,
     stride_q: tl.tensor,
@@ -278,7 +215,7 @@ def gated_delta_rule_bwd_key_kernel(
     BV: tl.constexpr,
     IS_FP32: tl.constexpr,
 ) -> None:
-    """dk, as `gated_delta_rule_bwd_query_kernel` does dq."""
+    """dq and dk of one chunk, one key head and BK columns, summed over the head's value heads."""
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(0) % NK
     i_hk = tl.program_id(0) // NK % Hk
@@ -288,48 +225,70 @@ def gated_delta_rule_bwd_key_kernel(
     if end <= start:
         return
     o_i = tl.arange(0, BT)
-    m_t = start + o_i < end
+    m_t = (start + o_i < end)[:, None]
     row = start.to(tl.int64)
     o_k = i_k * BK + tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
-    m_tk = m_t[:, None] & (o_k < K)[None, :]
-    m_kv = (o_k < K)[:, None] & (o_v < V)[None, :]
-    m_tv = m_t[:, None] & (o_v < V)[None, :]
-    o_out = o_i[:, None] * (Hv * V) + o_v[None, :]
-    o_state = o_k[:, None] * V + o_v[None, :]
+    m_k = (o_k < K)[:, None]
+    m_tk = m_t & (o_k < K)[None, :]
     o_tile = o_i[:, None] * BT + o_i[None, :]
     p_x = p_q + row * stride_q + i_hk * K
-    b_q = tl.load(p_x + o_i[:, None] * stride_q + o_k[None, :], mask=m_tk, other=0.0)
+    p_queries = p_x + o_i[:, None] * stride_q + o_k[None, :]
     p_x = p_k + row * stride_k + i_hk * K
-    b_k = tl.load(p_x + o_i[:, None] * stride_k + o_k[None, :], mask=m_tk, other=0.0)
-    b_dk = tl.zeros([BK, BT], dtype=tl.float32)
-    # Unrolled: out of a loop, k in fp32 would be kept in registers, which then spill.
-    for i_g in tl.static_range(Hv // Hk):
-        i_h = i_hk * (Hv // Hk) + i_g
+    p_keys = p_x + o_i[:, None] * stride_k + o_k[None, :]
+    b_dq = tl.zeros([BT, BK], dtype=tl.float32)
+    b_dk = tl.zeros([BT, BK], dtype=tl.float32)
+    for i_h in range(i_hk * (Hv // Hk), (i_hk + 1) * (Hv // Hk)):
         i_head = i_slot * Hv + i_h
-        i_out = (row * Hv + i_h) * V
-        p_row = p_decay + 3 * i_head * BT + o_i
+        o_out = (row * Hv + i_h) * V + o_i[:, None] * (Hv * V)
+        o_state = i_head * K * V + o_k[:, None] * V
+        p_row = p_decay + 5 * i_head * BT + o_i
         p_part = p_parts + (i_k * num_slots * Hv + i_head) * 4 * BT + o_i
-        b_state = tl.load(p_states + i_head * K * V + o_state, mask=m_kv, other=0.0)
-        b_dz = tl.load(p_dv + i_out + o_out, mask=m_tv, other=0.0)
-        b_x = -product(b_state, tl.trans(b_dz), IS_FP32) * tl.load(p_row)[None, :]
-        tl.store(p_part + BT, tl.sum(b_x * tl.trans(b_k).to(tl.float32), axis=0))
-        b_dk += b_x
-        b_change = tl.load(p_change + i_out + o_out, mask=m_tv, other=0.0)
-        b_dstate = tl.load(p_dstates + i_head * K * V + o_state, mask=m_kv, other=0.0)
-        b_x = product(b_dstate, tl.trans(b_change), IS_FP32)
-        b_columns = tl.sum(b_x * tl.trans(b_k).to(tl.float32), axis=0)
-        tl.store(p_part + 2 * BT, b_columns * tl.load(p_row + BT))
-        b_dk += b_x * tl.load(p_row + 2 * BT)[None, :]
+        b_write = tl.zeros([BT, BK], dtype=tl.float32)  # E dS_L^T
+        b_carried = tl.zeros([BK], dtype=tl.float32)  # rows of <S_0, dS_L>
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)[None, :]
+            b_dstate = tl.load(p_dstates + o_state + o_v, mask=m_k & (o_v < V), other=0.0)
+            b_change = tl.load(p_change + o_out + o_v, mask=m_t & (o_v < V), other=0.0)
+            b_state = tl.load(p_states + o_state + o_v, mask=m_k & (o_v < V), other=0.0)
+            b_write += product(b_change, tl.trans(b_dstate), IS_FP32)
+            b_carried += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), axis=1)
+        b_k = tl.load(p_keys, mask=m_tk, other=0.0).to(tl.float32)
+        tl.store(p_part + 2 * BT, tl.sum(b_write * b_k, axis=1) * tl.load(p_row + BT))
+        b_from_start = tl.load(p_row)
+        b_last = tl.where(o_i == BT - 1, b_from_start * tl.sum(b_carried, axis=0), 0.0)
+        tl.store(p_part + 3 * BT, b_last)
+        b_dk += b_write * tl.load(p_row + 2 * BT)[:, None]
 
-        b_dscores = tl.load(p_dscores + i_head * BT * BT + o_tile)
-        b_dk += product(tl.trans(b_q), b_dscores, IS_FP32)
-        b_doverlap = tl.load(p_doverlap + i_head * BT * BT + o_tile)
-        b_dk += product(tl.trans(b_k), b_doverlap, IS_FP32)
-        b_dk += product(tl.trans(b_k), tl.trans(b_doverlap), IS_FP32)
-    p_x = p_dk + (row * Hk + i_hk) * K + o_i[None, :] * (Hk * K) + o_k[:, None]
-    m_dk = (o_k < K)[:, None] & m_t[None, :]
-    tl.store(p_x, b_dk.to(p_dk.dtype.element_ty), mask=m_dk)
+        # A second loop over the same columns holds fewer products in registers at a time.
+        b_read = tl.zeros([BT, BK], dtype=tl.float32)  # dO S_0^T
+        b_erase = tl.zeros([BT, BK], dtype=tl.float32)  # dZ S_0^T
+        for i_v in range(0, V, BV):
+            o_v = i_v + tl.arange(0, BV)[None, :]
+            b_state = tl.load(p_states + o_state + o_v, mask=m_k & (o_v < V), other=0.0)
+            b_dout = tl.load(p_dout + o_out + o_v, mask=m_t & (o_v < V), other=0.0)
+            b_dz = tl.load(p_dv + o_out + o_v, mask=m_t & (o_v < V), other=0.0)
+            b_read += product(b_dout, tl.trans(b_state), IS_FP32)
+            b_erase += product(b_dz, tl.trans(b_state), IS_FP32)
+        b_from_start = tl.load(p_row)
+        b_q = tl.load(p_queries, mask=m_tk, other=0.0).to(tl.float32)
+        tl.store(p_part, tl.sum(b_read * b_q, axis=1) * b_from_start)
+        b_dq += b_read * b_from_start[:, None]
+        b_k = tl.load(p_keys, mask=m_tk, other=0.0).to(tl.float32)
+        tl.store(p_part + BT, -tl.sum(b_erase * b_k, axis=1) * b_from_start)
+        b_dk -= b_erase * b_from_start[:, None]
+
+    b_q = tl.load(p_queries, mask=m_tk, other=0.0)
+    b_k = tl.load(p_keys, mask=m_tk, other=0.0)
+    p_tile = p_dscores + (i_slot * Hk + i_hk) * 2 * BT * BT + o_tile
+    b_dscores = tl.load(p_tile)
+    b_dq += product(b_dscores, b_k, IS_FP32)
+    b_dk += product(tl.trans(b_dscores), b_q, IS_FP32)
+    b_doverlap = tl.load(p_tile + BT * BT)
+    b_dk += product(b_doverlap, b_k, IS_FP32)
+    b_dk += product(tl.trans(b_doverlap), b_k, IS_FP32)
+    o_grad = (row * Hk + i_hk) * K + o_i[:, None] * (Hk * K) + o_k[None, :]
+    tl.store(p_dq + o_grad, b_dq.to(p_dq.dtype.element_ty), mask=m_tk)
+    tl.store(p_dk + o_grad, b_dk.to(p_dk.dtype.element_ty), mask=m_tk)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -360,8 +319,12 @@ def gated_delta_rule_bwd_gates_kernel(
     m_gate = m_h & (start + o_t < end)
     i_row = i_slot.to(tl.int64) * Hv + o_h
     b_beta = tl.load(p_beta + o_gate, mask=m_gate, other=0.0)
-    b_rows = tl.load(p_sums + i_row * 2 * BT + o_t, mask=m_h, other=0.0)
-    b_dbeta = tl.load(p_sums + (i_row * 2 + 1) * BT + o_t, mask=m_h, other=0.0)
+    b_rows = tl.zeros([BH, BT], dtype=tl.float32)
+    b_dbeta = tl.zeros([BH, BT], dtype=tl.float32)
+    for i_kind in range(2):
+        p_sum = p_sums + (i_kind * num_slots.to(tl.int64) * Hv + i_row) * 2 * BT + o_t
+        b_rows += tl.load(p_sum, mask=m_h, other=0.0)
+        b_dbeta += tl.load(p_sum + BT, mask=m_h, other=0.0)
     b_to_end = tl.zeros([BH, BT], dtype=tl.float32)
     for i_k in range(NK):
         p_part = p_parts + (i_k * num_slots.to(tl.int64) * Hv + i_row) * 4 * BT + o_t
@@ -380,10 +343,14 @@ def gated_delta_rule_bwd(
     inputs: Inputs,
     chunks: Chunks,
     initial_state: torch.Tensor | None,
+    kept: States | None,
     dout: torch.Tensor,
     dfinal: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of q, k, v, g, beta and, if there is one, of the initial state."""
+    """Gradients of q, k, v, g, beta and, if there is one, of the initial state.
+
+    kept: what the forward kept of the pass over the chunks; without it, the pass runs again.
+    """
     assert inputs.q is not None
     q, k = inputs.q, inputs.k
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
@@ -399,39 +366,30 @@ def gated_delta_rule_bwd(
         "num_warps": 4,  # with more, a wait for products does not hold back other warps' stores
     }
     strides = (q.stride(0), k.stride(0))
-    states, change = scan_states(inputs, chunks, initial_state)
+    states, change = kept or scan_states(inputs, chunks, initial_state)
     dv, dstates, dinitial = _state_gradients(inputs, chunks, dout, dfinal)
 
-    dscores = chunks.scores.new_empty(chunks.scores.shape)
-    doverlap = torch.empty_like(dscores)
-    sums = inputs.g.new_empty(num_slots, num_heads, 2, CHUNK)
-    gated_delta_rule_bwd_scores_kernel[(num_slots * num_heads,)](
-        *(q, k, inputs.g, inputs.beta, dout, dv, change, chunks.table, dscores, doverlap, sums),
-        *strides,
+    # Of q k^T and of k k^T.
+    dscores = k.new_empty(num_slots, num_key_heads, 2, CHUNK, CHUNK)
+    sums = inputs.g.new_empty(2, num_slots, num_heads, 2, CHUNK)
+    gated_delta_rule_bwd_scores_kernel[(2 * num_key_heads * num_slots,)](
+        *(q, k, inputs.beta, dout, dv, change, chunks.decay, chunks.table, dscores, sums),
+        *(*strides, num_slots),
         BK=block_size(key_dim),
         BV=columns,
-        num_stages=1,
+        num_stages=1 if inputs.is_fp32 else 3,
         **sizes,
     )
     width = min(block_size(key_dim), 16 if inputs.is_fp32 else 64)
     parts_k = -(-key_dim // width)
     parts = inputs.g.new_empty(parts_k, num_slots, num_heads, 4, CHUNK)
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    grid = (parts_k * num_key_heads * num_slots,)
-    gated_delta_rule_bwd_query_kernel[grid](
-        *(q, k, dout, states, dstates, dscores, chunks.decay, chunks.table, dq, parts),
-        *(*strides, num_slots),
+    gated_delta_rule_bwd_key_kernel[(parts_k * num_key_heads * num_slots,)](
+        *(q, k, dout, dv, change, states, dstates, dscores, chunks.decay, chunks.table),
+        *(dq, dk, parts, *strides, num_slots),
         BK=width,
-        BV=columns,
-        num_stages=1,
-        **sizes,
-    )
-    gated_delta_rule_bwd_key_kernel[grid](
-        *(q, k, dv, change, states, dstates, dscores, doverlap, chunks.decay, chunks.table),
-        *(dk, parts, *strides, num_slots),
-        BK=width,
-        BV=columns,
-        num_stages=1,
+        BV=min(columns, 64),
+        num_stages=1 if inputs.is_fp32 else 3,
         **sizes,
     )
     dg, dbeta = inputs.g.new_empty(inputs.g.shape), inputs.g.new_empty(inputs.g.shape)

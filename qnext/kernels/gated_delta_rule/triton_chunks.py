@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 CHUNK = 64
+# Value heads of one program of `prepare_kernel`, 1 or 2, where they share keys: two hide each
+# other's waits, one leaves registers for more programs.
+PREPARED_HEADS = 2
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_slots"])
@@ -55,31 +58,16 @@ def chunk_table_kernel(
 
 
 @triton.jit
-def running_log_decay(
-    p_g: tl.tensor,
-    start: tl.tensor,
-    end: tl.tensor,
-    i_h: tl.tensor,
-    Hv: tl.constexpr,
-    BT: tl.constexpr,
-) -> tuple[tl.tensor, ...]:
-    """Sum of g since the chunk's start as two fp32 words; rows past the end add nothing.
+def decay_between(
+    b_high: tl.tensor, b_low: tl.tensor, nearest: tl.tensor, BT: tl.constexpr
+) -> tl.tensor:
+    """exp(G_i - G_j) for j <= i - nearest, else 0.
 
-    One word loses the digits of slow tokens that follow fast ones (g = -50).
+    Masked before the exponential, which could overflow.
     """
-    o_t = start + tl.arange(0, BT)
-    b_g = tl.load(p_g + o_t.to(tl.int64) * Hv + i_h, mask=o_t < end, other=0.0)
-    b_exact = tl.cumsum(b_g.to(tl.float64), axis=0)
-    b_high = b_exact.to(tl.float32)
-    return b_high, (b_exact - b_high.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def decay_between(b_high: tl.tensor, b_low: tl.tensor, BT: tl.constexpr) -> tl.tensor:
-    """exp(G_i - G_j) for j <= i, else 0; masked before the exponential, which could overflow."""
     o_i = tl.arange(0, BT)
     b_log = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    return tl.exp(tl.where(o_i[:, None] >= o_i[None, :], b_log, float("-inf")))
+    return tl.exp(tl.where(o_i[:, None] - nearest >= o_i[None, :], b_log, float("-inf")))
 
 
 @triton.jit
@@ -104,41 +92,80 @@ def product(b_a: tl.tensor, b_b: tl.tensor, IS_FP32: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def unit_lower_inverse(b_a: tl.tensor) -> tuple[tl.tensor, ...]:
-    """(I + A)^-1 of a strictly lower triangular A [64, 64]: upper left, lower left, lower right.
+def small_product(b_a: tl.tensor, b_b: tl.tensor, IS_FP32: tl.constexpr) -> tl.tensor:
+    """a b of fp32 batches, in three products of halves.
 
-    Substitution by blocks that double: [[X, 0], [C, Y]]^-1 = [[X^-1, 0], [-Y^-1 C X^-1, Y^-1]].
-    Blocks of 1 to 8 are all masks of four 16 x 16 matrices, then halves are cut and joined.
+    Beside 16-bit keys the halves are fp16, half the instructions of tf32: with unit keys and
+    beta <= 1 what is multiplied here is at most 1, so what both halves miss is about 2^-24.
     """
-    b_x = tl.permute(tl.reshape(b_a, (2, 32, 2, 32)), (1, 3, 0, 2))  # [32, 32, row, column]
-    b_left, b_right = tl.split(b_x)
-    b_a11, b_a21 = tl.split(b_left)
-    _, b_a22 = tl.split(b_right)
-    b_pair = tl.permute(tl.join(b_a11, b_a22), (2, 0, 1))  # [2, 32, 32]
-    b_x = tl.permute(tl.reshape(b_pair, (2, 2, 16, 2, 16)), (0, 2, 4, 1, 3))
-    b_left, b_right = tl.split(b_x)
-    b_d1, b_lower = tl.split(b_left)  # [2, 16, 16]
-    _, b_d2 = tl.split(b_right)
-    b_diag = tl.reshape(tl.permute(tl.join(b_d1, b_d2), (0, 3, 1, 2)), (4, 16, 16))
+    if IS_FP32:
+        b_c = tl.dot(b_a, b_b, input_precision="tf32x3")
+    else:
+        b_a1 = b_a.to(tl.float16)
+        b_a2 = (b_a - b_a1.to(tl.float32)).to(tl.float16)
+        b_b1 = b_b.to(tl.float16)
+        b_b2 = (b_b - b_b1.to(tl.float32)).to(tl.float16)
+        b_c = tl.dot(b_a2, b_b1)
+        b_c = tl.dot(b_a1, b_b2, b_c)
+        b_c = tl.dot(b_a1, b_b1, b_c)
+    return b_c
 
-    o_i = tl.arange(0, 16)[None, :, None]
-    o_j = tl.arange(0, 16)[None, None, :]
-    b_inv = tl.where(o_i == o_j, 1.0, 0.0) - tl.where((o_i // 2 == o_j // 2), b_diag, 0.0)
-    for i_level in tl.static_range(1, 4):
-        size = 2**i_level
-        m_off = (o_i // (2 * size) == o_j // (2 * size)) & (o_i // size != o_j // size)
-        b_step = tl.dot(b_inv, tl.where(m_off, b_diag, 0.0), input_precision="tf32x3")
-        b_inv -= tl.dot(b_step, b_inv, input_precision="tf32x3")
 
-    b_split = tl.permute(tl.reshape(b_inv, (2, 2, 16, 16)), (0, 2, 3, 1))
-    b_inv1, b_inv2 = tl.split(b_split)  # [2, 16, 16]
-    b_step = tl.dot(b_inv2, b_lower, input_precision="tf32x3")
-    b_lower = -tl.dot(b_step, b_inv1, input_precision="tf32x3")
-    b_rows = tl.join(tl.join(b_inv1, tl.zeros_like(b_inv1)), tl.join(b_lower, b_inv2))
-    b_inv = tl.reshape(tl.permute(b_rows, (0, 4, 1, 3, 2)), (2, 32, 32))
-    b_inv11, b_inv22 = tl.split(tl.permute(b_inv, (1, 2, 0)))
-    b_step = tl.dot(b_inv22, b_a21, input_precision="tf32x3")
-    return b_inv11, -tl.dot(b_step, b_inv11, input_precision="tf32x3"), b_inv22
+@triton.jit
+def first_of_pairs(b_x: tl.tensor) -> tl.tensor:
+    """Matrices 0, 0, 2, 2, ... of a batch of 16 x 16."""
+    PAIRS: tl.constexpr = b_x.shape[0] // 2
+    b_first, _ = tl.split(tl.permute(tl.reshape(b_x, (PAIRS, 2, 16, 16)), (0, 2, 3, 1)))
+    b_twice = tl.broadcast_to(tl.reshape(b_first, (PAIRS, 1, 16, 16)), (PAIRS, 2, 16, 16))
+    return tl.reshape(b_twice, (PAIRS * 2, 16, 16))
+
+
+@triton.jit
+def one_of_four(b_x: tl.tensor, i_x: tl.constexpr) -> tl.tensor:
+    """Matrix i_x of each four of a batch of 16 x 16, four times."""
+    FOURS: tl.constexpr = b_x.shape[0] // 4
+    b_x = tl.permute(tl.reshape(b_x, (FOURS, 2, 2, 16, 16)), (0, 3, 4, 2, 1))
+    b_x, _ = tl.split(b_x)
+    b_even, b_odd = tl.split(b_x)
+    b_one = tl.reshape(b_odd if i_x == 1 else b_even, (FOURS, 1, 16, 16))
+    return tl.reshape(tl.broadcast_to(b_one, (FOURS, 4, 16, 16)), (FOURS * 4, 16, 16))
+
+
+@triton.jit
+def unit_lower_inverses(
+    b_a: tl.tensor, BH: tl.constexpr, IS_FP32: tl.constexpr
+) -> tuple[tl.tensor, ...]:
+    """(I + A)^-1 of strictly lower triangular A [BH, 4, 16, 64], row blocks of 16.
+
+    Returns its 16 x 16 blocks, each [BH * 4, 16, 16] by row block: on the diagonal, left of it in
+    odd row blocks, and the two left ones of row blocks 2 and 3. Substitution by blocks that
+    double: [[X, 0], [C, Y]]^-1 = [[X^-1, 0], [-Y^-1 C X^-1, Y^-1]].
+    A row block stays in one warp, and what it needs of itself in that warp's registers.
+    """
+    b_x = tl.permute(tl.reshape(b_a, (BH * 4, 16, 2, 2, 16)), (0, 1, 4, 2, 3))
+    b_even, b_odd = tl.split(b_x)  # column blocks 0 and 2, 1 and 3
+    b_a0, b_a2 = tl.split(b_even)
+    b_a1, b_a3 = tl.split(b_odd)
+    o_b = (tl.arange(0, BH * 4) % 4)[:, None, None]
+    o_ij = (tl.arange(0, 16)[:, None] ^ tl.arange(0, 16)[None, :])[None, :, :]
+    b_diag = tl.where(o_b < 2, tl.where(o_b == 0, b_a0, b_a1), tl.where(o_b == 2, b_a2, b_a3))
+    b_inv = tl.where(o_ij == 0, 1.0, 0.0) - tl.where(o_ij < 2, b_diag, 0.0)
+    for i_level in tl.static_range(1, 4):  # masks: in the same block of twice the size, no smaller
+        b_c = tl.where((o_ij >> i_level) == 1, b_diag, 0.0)
+        b_inv -= small_product(small_product(b_inv, b_c, IS_FP32), b_inv, IS_FP32)
+
+    b_c = tl.where(o_b == 1, b_a0, tl.where(o_b == 3, b_a2, 0.0))
+    b_c = small_product(b_c, first_of_pairs(b_inv), IS_FP32)
+    b_left = -small_product(b_inv, b_c, IS_FP32)  # zero in even row blocks
+
+    b_c0 = small_product(b_a0, one_of_four(b_inv, 0), IS_FP32)
+    b_c0 += small_product(b_a1, one_of_four(b_left, 1), IS_FP32)
+    b_c1 = small_product(b_a1, one_of_four(b_inv, 1), IS_FP32)
+    b_left0 = small_product(b_inv, b_c0, IS_FP32)
+    b_left0 += small_product(b_left, first_of_pairs(b_c0), IS_FP32)
+    b_left1 = small_product(b_inv, b_c1, IS_FP32)
+    b_left1 += small_product(b_left, first_of_pairs(b_c1), IS_FP32)
+    return b_inv, b_left, -b_left0, -b_left1
 
 
 @triton.jit
@@ -158,12 +185,14 @@ def prepare_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    BH: tl.constexpr,
     HAS_Q: tl.constexpr,
     IS_FP32: tl.constexpr,
 ) -> None:
-    """Inverse, scores and decays of one chunk and one value head."""
-    i_slot = tl.program_id(0) // Hv
-    i_h = tl.program_id(0) % Hv  # neighbours share keys
+    """Inverses, scores and decays of one chunk and BH (1 or 2) value heads of one key head."""
+    NH: tl.constexpr = Hv // BH
+    i_slot = tl.program_id(0) // NH
+    i_h = tl.program_id(0) % NH * BH  # neighbours share keys
     start = tl.load(p_table + 2 * i_slot)
     end = tl.load(p_table + 2 * i_slot + 1)
     if end <= start:
@@ -176,37 +205,53 @@ def prepare_kernel(
     m_tk = m_t[:, None] & (o_k < K)[None, :]
     o_t64 = o_t.to(tl.int64)
     b_k = tl.load(p_k + o_t64[:, None] * stride_k + i_hk * K + o_k[None, :], mask=m_tk, other=0.0)
-    b_high, b_low = running_log_decay(p_g, start, end, i_h, Hv, BT)
-    b_beta = tl.load(p_beta + o_t64 * Hv + i_h, mask=m_t, other=0.0)
-    b_decay = decay_between(b_high, b_low, BT) * b_beta[None, :]
     i_tile = (i_slot.to(tl.int64) * Hv + i_h) * BT
-    p_tile = p_scores + i_tile * BT + o_i[:, None] * BT + o_i[None, :]
+    o_tile = o_i[:, None] * BT + o_i[None, :]
+    b_kk = product(b_k, tl.trans(b_k), IS_FP32)
     if HAS_Q:
         b_q = tl.load(
             p_q + o_t64[:, None] * stride_q + i_hk * K + o_k[None, :], mask=m_tk, other=0.0
         )
         b_qk = product(b_q, tl.trans(b_k), IS_FP32)
-        tl.store(p_tile, (b_qk * b_decay).to(p_scores.dtype.element_ty))
-    b_kk = product(b_k, tl.trans(b_k), IS_FP32)
-    b_a = tl.where(o_i[:, None] > o_i[None, :], b_kk * b_decay, 0.0)
-    b_inv11, b_inv21, b_inv22 = unit_lower_inverse(b_a)
-    o_r = tl.arange(0, BT // 2)
-    p_corner = p_inverse + i_tile * BT + o_r[:, None] * BT + o_r[None, :]
-    tl.store(p_corner, b_inv11.to(p_inverse.dtype.element_ty))
-    tl.store(p_corner + BT // 2, tl.zeros_like(b_inv11).to(p_inverse.dtype.element_ty))
-    p_corner += BT // 2 * BT
-    tl.store(p_corner, b_inv21.to(p_inverse.dtype.element_ty))
-    tl.store(p_corner + BT // 2, b_inv22.to(p_inverse.dtype.element_ty))
+    for i_g in tl.static_range(BH):
+        # The last row's G is G_L: rows past the end add nothing.
+        b_g = tl.load(p_g + o_t64 * Hv + i_h + i_g, mask=m_t, other=0.0)
+        b_exact = tl.cumsum(b_g.to(tl.float64), axis=0)
+        b_rest = tl.sum(tl.where(o_i == BT - 1, b_exact, 0.0), axis=0) - b_exact
+        b_to_end = tl.exp(b_rest.to(tl.float32))
+        # G as two words: one loses the digits of slow tokens that follow fast ones (g = -50).
+        b_high = b_exact.to(tl.float32)
+        b_low = (b_exact - b_high.to(tl.float64)).to(tl.float32)
+        b_beta = tl.load(p_beta + o_t64 * Hv + i_h + i_g, mask=m_t, other=0.0)
+        p_row = p_decay + 5 * (i_tile + i_g * BT) + o_i
+        tl.store(p_row, tl.exp(b_high))
+        tl.store(p_row + BT, b_to_end)
+        tl.store(p_row + 2 * BT, b_to_end * b_beta)
+        tl.store(p_row + 3 * BT, b_high)
+        tl.store(p_row + 4 * BT, b_low)
+        b_decay = decay_between(b_high, b_low, 0, BT) * b_beta[None, :]
+        if HAS_Q:
+            p_tile = p_scores + (i_tile + i_g * BT) * BT + o_tile
+            tl.store(p_tile, (b_qk * b_decay).to(p_scores.dtype.element_ty))
+        b_a = tl.where(o_i[:, None] > o_i[None, :], b_kk * b_decay, 0.0)
+        b_a = tl.broadcast_to(tl.reshape(b_a, (1, BT, BT)), (BH, BT, BT))
+        if i_g == 0:
+            b_all = b_a
+        else:
+            b_all = tl.where(tl.arange(0, BH)[:, None, None] == 0, b_all, b_a)
+    b_all = tl.reshape(b_all, (BH, 4, 16, BT))
+    b_inv, b_left, b_left0, b_left1 = unit_lower_inverses(b_all, BH, IS_FP32)
 
-    # G_L - G_i from both words; the last row's G is G_L, since rows past the end add nothing.
-    m_last = o_i == BT - 1
-    last_high = tl.sum(tl.where(m_last, b_high, 0.0), axis=0)
-    last_low = tl.sum(tl.where(m_last, b_low, 0.0), axis=0)
-    b_to_end = tl.exp((last_high - b_high) + (last_low - b_low))
-    p_row = p_decay + 3 * i_tile + o_i
-    tl.store(p_row, tl.exp(b_high))
-    tl.store(p_row + BT, b_to_end)
-    tl.store(p_row + 2 * BT, b_to_end * b_beta)
+    # Column blocks 0 and 1, then 2 and 3, each pair side by side.
+    o_b = (tl.arange(0, BH * 4) % 4)[:, None, None]
+    b_0 = tl.where(o_b < 2, tl.where(o_b == 0, b_inv, b_left), b_left0)
+    b_1 = tl.where(o_b < 2, tl.where(o_b == 1, b_inv, 0.0), b_left1)
+    b_2 = tl.where(o_b < 2, 0.0, tl.where(o_b == 2, b_inv, b_left))
+    b_3 = tl.where(o_b == 3, b_inv, 0.0)
+    b_rows = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
+    b_rows = tl.reshape(tl.permute(b_rows, (0, 1, 3, 4, 2)), (BH * BT, BT))
+    o_row = tl.arange(0, BH * BT)[:, None] * BT + o_i[None, :]
+    tl.store(p_inverse + i_tile * BT + o_row, b_rows.to(p_inverse.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -250,7 +295,8 @@ class Chunks:
         first: first slot of each sequence. [N], int32
         inverse: (I + N diag(beta))^-1. [slots, Hv, 64, 64], dtype of k
         scores: (q k^T) e^(G_i - G_j) beta_j for j <= i. [slots, Hv, 64, 64], dtype of k
-        decay: e^G_i, e^(G_L - G_i), and that times beta_i. [slots, Hv, 3, 64], fp32
+        decay: e^G_i, e^(G_L - G_i), that times beta_i, and the two words of G_i.
+            [slots, Hv, 5, 64], fp32
     """
 
     table: torch.Tensor
@@ -293,8 +339,9 @@ def prepare_chunks(inputs: Inputs) -> Chunks:
     tile = (num_slots, num_heads, CHUNK, CHUNK)
     inverse = k.new_empty(tile)
     scores = inverse if q is None else k.new_empty(tile)
-    decay = k.new_empty(num_slots, num_heads, 3, CHUNK, dtype=torch.float32)
-    prepare_kernel[(num_slots * num_heads,)](
+    decay = k.new_empty(num_slots, num_heads, 5, CHUNK, dtype=torch.float32)
+    heads = 1 if inputs.is_fp32 or num_heads // num_key_heads % 2 else PREPARED_HEADS
+    prepare_kernel[(num_slots * num_heads // heads,)](
         k if q is None else q,
         k,
         inputs.g,
@@ -310,6 +357,7 @@ def prepare_chunks(inputs: Inputs) -> Chunks:
         K=key_dim,
         BK=block_size(key_dim),
         BT=CHUNK,
+        BH=heads,
         HAS_Q=q is not None,
         IS_FP32=inputs.is_fp32,
         num_warps=4,

@@ -14,9 +14,12 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     prepare_chunks,
     token_rows,
 )
-from qnext.kernels.gated_delta_rule.triton_scan import scan_outputs
+from qnext.kernels.gated_delta_rule.triton_scan import States, scan_outputs
 
 MAX_DIM = 256
+# Up to so many tokens, a forward with gradients keeps states, which saves the backward a pass;
+# above, memory matters more.
+KEEP_STATES_TOKENS = 65536
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -62,20 +65,26 @@ def gated_delta_rule_triton(
         raise ValueError(f"Hv = {v.shape[1]} must be a multiple of Hk = {k.shape[1]}")
     if v.shape[0] == 0:
         return torch.zeros_like(v), None if initial_state is None else initial_state.clone()
-    out, final = GatedDeltaRuleFunction.apply(q, k, v, g, beta, cu_seqlens, initial_state)
+    leaves = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+    keeps_states = needs_grad and v.shape[0] <= KEEP_STATES_TOKENS
+    out, final = GatedDeltaRuleFunction.apply(
+        q, k, v, g, beta, cu_seqlens, initial_state, keeps_states
+    )
     return out, final
 
 
 def gated_delta_rule_fwd(
-    inputs: Inputs, initial_state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, Chunks]:
-    """Outputs, final states, and what the backward needs of the chunks."""
+    inputs: Inputs, initial_state: torch.Tensor | None, *, keeps_states: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, Chunks, States | None]:
+    """Outputs, final states, and what the backward needs of the chunks, states if kept."""
     chunks = prepare_chunks(inputs)
-    return *scan_outputs(inputs, chunks, initial_state), chunks
+    out, final, states = scan_outputs(inputs, chunks, initial_state, keeps_states=keeps_states)
+    return out, final, chunks, states
 
 
 class GatedDeltaRuleFunction(torch.autograd.Function):
-    """Keeps the inputs and the chunks' inverses and scores; recomputes states and changes."""
+    """Keeps the inputs, inverses and scores; states and E too, or computes them again."""
 
     @staticmethod
     def forward(
@@ -87,6 +96,7 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
         beta: torch.Tensor,
         cu_seqlens: torch.Tensor,
         initial_state: torch.Tensor | None,
+        keeps_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `gated_delta_rule_triton`."""
         inputs = Inputs(
@@ -98,11 +108,13 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
             cu_seqlens.contiguous(),
         )
         initial_state = None if initial_state is None else initial_state.contiguous()
-        out, final, chunks = gated_delta_rule_fwd(inputs, initial_state)
+        out, final, chunks, states = gated_delta_rule_fwd(
+            inputs, initial_state, keeps_states=keeps_states
+        )
         ctx.save_for_backward(
             *(inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta, inputs.cu_seqlens),
             *(chunks.table, chunks.first, chunks.inverse, chunks.scores, chunks.decay),
-            initial_state,
+            *(initial_state, *(states or (None, None))),
         )
         return out, final
 
@@ -113,9 +125,11 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
         """Gradients of all inputs but cu_seqlens."""
         saved = ctx.saved_tensors
         inputs, chunks, initial_state = Inputs(*saved[:6]), Chunks(*saved[6:11]), saved[11]
+        kept = None if saved[12] is None else States(*saved[12:])
         if initial_state is None:
             dfinal = None
         elif dfinal is not None:
             dfinal = dfinal.contiguous()
-        grads = gated_delta_rule_bwd(inputs, chunks, initial_state, dout.contiguous(), dfinal)
-        return *grads[:5], None, grads[5]
+        dout = dout.contiguous()
+        grads = gated_delta_rule_bwd(inputs, chunks, initial_state, kept, dout, dfinal)
+        return *grads[:5], None, grads[5], None

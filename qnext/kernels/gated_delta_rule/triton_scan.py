@@ -1,5 +1,7 @@
 """The pass over a sequence's chunks that carries the state, for a block of value columns."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -47,7 +49,7 @@ def gated_delta_rule_fwd_kernel(
     HAS_STATES: tl.constexpr,
     IS_FP32: tl.constexpr,
 ) -> None:
-    """Carry the state; write outputs, or what the backward needs: states before chunks and E.
+    """Carry the state; write outputs, and what the backward needs: states before chunks and E.
 
     START is what the state starts from: "zero", "given" or "identity".
     """
@@ -80,7 +82,11 @@ def gated_delta_rule_fwd_kernel(
     else:
         b_state = tl.zeros([BK, BV], dtype=tl.float32)
 
-    for i_c in range((end - start + BT - 1) // BT):
+    # One chunk ahead: a load of a single number is not pipelined.
+    num_chunks = (end - start + BT - 1) // BT
+    p_through = p_decay + (i_slot * Hv + i_h) * 5 * BT + BT - 1
+    through = tl.load(p_through, mask=num_chunks > 0, other=0.0)
+    for i_c in range(num_chunks):
         m_t = start + i_c * BT + o_t < end
         row = (start + i_c * BT).to(tl.int64)
         i_tile = ((i_slot + i_c) * Hv + i_h) * BT
@@ -88,10 +94,11 @@ def gated_delta_rule_fwd_kernel(
         m_tv = m_t[:, None] & m_v[None, :]
         b_k = tl.load(p_k + row * stride_k + o_key, mask=m_tk, other=0.0)
         b_inverse = tl.load(p_inverse + i_tile * BT + o_tt)
-        p_row = p_decay + 3 * i_tile + o_t
+        p_row = p_decay + 5 * i_tile + o_t
         b_from_start = tl.load(p_row)
         b_write = tl.load(p_row + 2 * BT)
-        through = tl.load(p_decay + 3 * i_tile + BT - 1)
+        p_through += Hv * 5 * BT
+        through_next = tl.load(p_through, mask=i_c + 1 < num_chunks, other=0.0)
 
         b_rounded = b_state.to(dtype)
         if HAS_STATES:
@@ -103,10 +110,11 @@ def gated_delta_rule_fwd_kernel(
             b_z += b_v.to(tl.float32)
         b_e = product(b_inverse, b_z.to(dtype), IS_FP32)
         i_out = (row * Hv + i_h) * V
+        b_state *= through
+        through = through_next
+        b_state += product(tl.trans(b_k), (b_e * b_write[:, None]).to(dtype), IS_FP32)
         if HAS_STATES:
             tl.store(p_change + i_out + o_out, b_e.to(dtype), mask=m_tv)
-        b_state *= through
-        b_state += product(tl.trans(b_k), (b_e * b_write[:, None]).to(dtype), IS_FP32)
         if HAS_OUT:
             b_q = tl.load(p_q + row * stride_q + o_query, mask=m_tk, other=0.0)
             b_scores = tl.load(p_scores + i_tile * BT + o_tt)
@@ -134,29 +142,50 @@ def value_block(inputs: Inputs, value_dim: int) -> tuple[int, int]:
     return min(width, 64 if wide else 32), 3 if block_size(inputs.sizes[2]) <= 128 else 2
 
 
+class States(NamedTuple):
+    """What the backward needs of the pass over the chunks, in the dtype of v.
+
+    Attributes:
+        before: the state before each chunk. [slots, Hv, K, V]
+        change: E. [T, Hv, V]
+    """
+
+    before: torch.Tensor
+    change: torch.Tensor
+
+
 def scan_outputs(
-    inputs: Inputs, chunks: Chunks, initial_state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Outputs [T, Hv, V], and final states [N, Hv, K, V] if there are initial ones."""
+    inputs: Inputs,
+    chunks: Chunks,
+    initial_state: torch.Tensor | None,
+    *,
+    keeps_states: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, States | None]:
+    """Outputs [T, Hv, V]; final states [N, Hv, K, V] if there are initial ones; States if kept."""
     assert inputs.q is not None
     _, num_heads, _, value_dim = inputs.sizes
     out = inputs.v.new_empty(inputs.v.shape[0], num_heads, value_dim)
     final = None if initial_state is None else torch.empty_like(initial_state)
+    states = _empty_states(inputs) if keeps_states else None
     start = "zero" if initial_state is None else "given"
-    _launch(inputs, chunks, start, initial_state, out=out, final=final)
-    return out, final
+    _launch(inputs, chunks, start, initial_state, out=out, final=final, states=states)
+    return out, final, states
 
 
-def scan_states(
-    inputs: Inputs, chunks: Chunks, initial_state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """States before each chunk [slots, Hv, K, V] and E [T, Hv, V], in the dtype of v."""
+def scan_states(inputs: Inputs, chunks: Chunks, initial_state: torch.Tensor | None) -> States:
+    """The pass for `States` alone."""
+    states = _empty_states(inputs)
+    start = "zero" if initial_state is None else "given"
+    _launch(inputs, chunks, start, initial_state, states=states)
+    return states
+
+
+def _empty_states(inputs: Inputs) -> States:
     _, num_heads, key_dim, value_dim = inputs.sizes
-    states = inputs.v.new_empty(inputs.num_slots, num_heads, key_dim, value_dim)
-    change = inputs.v.new_empty(inputs.v.shape[0], num_heads, value_dim)
-    start = "zero" if initial_state is None else "given"
-    _launch(inputs, chunks, start, initial_state, change=change, states=states)
-    return states, change
+    return States(
+        inputs.v.new_empty(inputs.num_slots, num_heads, key_dim, value_dim),
+        inputs.v.new_empty(inputs.v.shape[0], num_heads, value_dim),
+    )
 
 
 def scan_summary(inputs: Inputs, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,8 +207,7 @@ def _launch(
     *,
     out: torch.Tensor | None = None,
     final: torch.Tensor | None = None,
-    change: torch.Tensor | None = None,
-    states: torch.Tensor | None = None,
+    states: States | None = None,
 ) -> None:
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
     columns = key_dim if start == "identity" else value_dim
@@ -201,8 +229,7 @@ def _launch(
         given(initial_state),
         given(out),
         given(final),
-        given(change),
-        given(states),
+        *((v, v) if states is None else (states.change, states.before)),
         q.stride(0),
         k.stride(0),
         v.stride(0),
