@@ -39,7 +39,7 @@ $(DEV): $(CORE)
 
 demo: $(CORE)
 	$(BIN)/qnext generate "$(PROMPT)" --model nano --max-tokens 160 \
-		--temperature 0.7 --seed 6 --num-speculative-tokens 1 --show-accepted
+		--temperature 0.7 --seed 11 --num-speculative-tokens 1 --show-accepted
 
 test: $(DEV)
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow and not gpu and not network" --durations=10
