@@ -67,8 +67,10 @@ class FusedSteps:
         self._is_deferring = out.best is not None
         return out
 
-    def can_take_rounds(self, windows: Sequence[SequenceRows]) -> bool:
+    def can_take_rounds(self, windows: Sequence[SequenceRows], num_drafts: int) -> bool:
         """Whether compiled code can go on by itself from these rows, one a sequence."""
+        if num_drafts >= self._kernels.MAX_WINDOW:
+            return False
         rows = self._rows(windows, None)
         return dispatch.decode_step.backend_for(self.trunk, rows) != "reference"
 

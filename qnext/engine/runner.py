@@ -231,7 +231,7 @@ class ModelRunner:
         if self._fused is None:
             return None
         windows = [SequenceRows(r, r.token_ids[-1:], r.num_computed) for r in requests]
-        if not self._fused.can_take_rounds(windows):
+        if not self._fused.can_take_rounds(windows, num_drafts):
             return None
         draft_rows = None
         if num_drafts:

@@ -222,8 +222,12 @@ class CapturedRounds:
         self.draft_tokens = zeros(n, depth, dtype=torch.int64)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def capture(self) -> None:
-        """Compile the kernels on padding alone, which touches no sequence, then record a round."""
+    def capture(self, prepared: Prepared) -> None:
+        """Compile the kernels on padding alone, which touches no sequence, then record a round.
+
+        All graphs work in one pool of memory: only one runs at a time, and what outlives a round
+        lies in buffers outside of it.
+        """
         if self.buffers.lens.device.type != "cuda":
             return  # the interpreter runs launch by launch
         stream = torch.cuda.Stream()
@@ -232,7 +236,9 @@ class CapturedRounds:
             self._round()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        if prepared.graph_pool is None:
+            prepared.graph_pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(self.graph, pool=prepared.graph_pool):
             self._round()
 
     def replay(self, num_rounds: int) -> None:
@@ -392,7 +398,7 @@ def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> Ca
             has_filters=has_filters,
             max_pages=-(-positions // trunk.page_size),
         )
-        captured.capture()
+        captured.capture(prepared)
         prepared.graphs[key] = captured
     found: CapturedRounds = prepared.graphs[key]
     return found

@@ -30,6 +30,7 @@ _logger = logging.getLogger("qnext.kernels")
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MIN_ROWS = 8  # that there is room for from the start
 MAX_STEPS = 16  # rounds in one call
+MAX_WINDOW = 1 << 10  # rows of a sequence: no limit of the kernels' own
 MAX_END_IDS = 16  # looked for between them; others end a text a few tokens later
 NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
 

@@ -50,6 +50,7 @@ class Prepared:
     tensors: StepTensors
     slots: dict[int, SlotState] = field(default_factory=dict)
     graphs: dict[Any, Any] = field(default_factory=dict)  # of `cuda_rounds`
+    graph_pool: Any = None  # of memory, shared by all graphs
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:
