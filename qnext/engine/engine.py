@@ -153,6 +153,7 @@ class Engine:
                 outcomes = self._append_rounds(requests, rounds.token_ids, num_drafts)
                 self.runner.keep_rounds(requests, rounds, num_drafts)
                 num_rounds = len(rounds.token_ids)
+                start += rounds.setup_seconds  # comes once, and says nothing of a step
                 self._note_steps(start, deferred_seconds, num_drafts, outcomes, num_rounds)
                 self.metrics.num_decode_steps += num_rounds - 1  # `step` counts one
                 return list(requests)
@@ -196,7 +197,7 @@ class Engine:
             room = len(request.page_ids) * page_size - request.num_tokens + 1
             rounds = min(rounds, request.num_remaining // window, room // window)
             end_ids |= request.end_token_ids
-            end_ids.update(params.stop_token_ids or ())
+            end_ids.update(i for i in params.stop_token_ids or () if i < 2**31)
         return rounds, tuple(end_ids)
 
     def _append_rounds(

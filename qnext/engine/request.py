@@ -57,6 +57,7 @@ class SamplingParams:
             require_integer("max_tokens", self.max_tokens, 1)
         if self.seed is not None:
             require_integer("seed", self.seed, 0, MAX_SEED)
+            object.__setattr__(self, "seed", int(self.seed))
         if self.logprobs is not None:
             require_integer("logprobs", self.logprobs, 0)
         for text in strings:

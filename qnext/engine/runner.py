@@ -18,7 +18,7 @@ from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
 from qnext.engine.sampler import LogitsRow
 from qnext.engine.speculative import Drafts, choose_token
-from qnext.kernels.decode_step.reference import RoundsOutput
+from qnext.kernels.decode_step.reference import NOT_NUMBERS, RoundsOutput, best_ids
 from qnext.model.batch import ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.random_bits import Purpose
@@ -40,9 +40,15 @@ class TensorRows:
         self._host: Tensor | None = None
 
     def argmax(self, row_idx: int) -> int:
-        """Lowest id of the largest logit; one transfer for all rows."""
+        """Lowest id of the largest logit; one transfer for all rows.
+
+        Raises:
+            ValueError: a logit is not a number.
+        """
         if self._argmax is None:
-            self._argmax = self._logits.argmax(-1).tolist()
+            self._argmax = best_ids(self._logits)
+        if self._argmax[row_idx] < 0:
+            raise ValueError(NOT_NUMBERS)
         return self._argmax[row_idx]
 
     def row(self, row_idx: int) -> LogitsRow:

@@ -14,6 +14,7 @@ from qnext.runtime.random_bits import Purpose, uniform
 
 FloatArray = NDArray[np.float64]  # [W]
 LogitsRow = NDArray[np.float32]  # [W]
+MAX_TOP_K = 2**31 - 1  # more than any vocabulary, and what kernels can hold
 
 
 def penalized_logits(
@@ -53,7 +54,8 @@ def cuts_of(params: SamplingParams) -> Cuts | None:
     """How tokens are drawn; None takes the best."""
     if params.is_greedy:
         return None
-    return Cuts(params.temperature, max(params.top_k, 0), params.top_p, params.min_p)
+    top_k = min(max(params.top_k, 0), MAX_TOP_K)
+    return Cuts(params.temperature, top_k, params.top_p, params.min_p)
 
 
 def draws_at(seed: int, position: int, purpose: Purpose) -> Draws:

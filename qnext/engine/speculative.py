@@ -14,6 +14,7 @@ from qnext.engine.request import Request
 from qnext.engine.sampler import LogitsRow, cuts_of, draws_at, penalized_logits
 from qnext.kernels import dispatch
 from qnext.kernels.decide_token.reference import Choice
+from qnext.kernels.decode_step.reference import NOT_NUMBERS
 from qnext.runtime.random_bits import Purpose
 
 
@@ -79,7 +80,7 @@ def choose_token(
     draws = draws_at(request.seed, position, purpose)
     choice: Choice = dispatch.decide_token(logits, cuts, draws, draft)
     if choice.token_id < 0:
-        raise ValueError("the logits are not numbers: the model's weights hold NaN or infinities")
+        raise ValueError(NOT_NUMBERS)
     return choice.token_id, choice
 
 
@@ -138,7 +139,7 @@ class AutoSpeculation:
     """
 
     PROBE_BUDGET = 0.005  # share of the time that trials may cost
-    MIN_PROBE_INTERVAL = 48  # steps between trials
+    MIN_PROBE_INTERVAL = 48  # calls, of one or several rounds, between trials
     MAX_PROBE_INTERVAL = 1024
     PROBE_STEPS = 2  # steps of a trial
     SWITCH_GAIN = 1.02  # a new best must be better by this, or noise would switch to and fro

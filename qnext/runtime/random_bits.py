@@ -47,6 +47,8 @@ def random_bits(seed: int, position: int, purpose: Purpose | int) -> int:
         seed: 0 to 2^64 - 1.
         position: place in the sequence of the token that is decided, 0 to 2^32 - 1.
     """
+    # Other kinds of integers, NumPy's say, would overflow in silence.
+    seed, position = int(seed), int(position)
     words = philox((position, int(purpose), 0, 0), (seed & _MASK, seed >> 32))
     return words[0] << 32 | words[1]
 

@@ -1,5 +1,6 @@
 """The engine with a real, tiny model: the same tokens in any company, with any number of drafts."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -277,6 +278,33 @@ def test_sampled_tokens_are_the_same_in_any_company(model, prompts):
     llm = tiny_llm(model, max_num_seqs=8, num_speculative_tokens=2)
     together = token_ids(llm.generate([*prompts, prompts[0]], [*params, penalized]))
     assert together[:-1] == alone
+
+
+def test_numbers_of_drafts_and_of_sequences_may_change_in_any_order(model, prompts, monkeypatch):
+    llm = tiny_llm(model, num_speculative_tokens=4, max_num_seqs=8)
+    expected = token_ids(llm.generate(prompts, all_params()))
+    other = tiny_llm(model, num_speculative_tokens=4, max_num_seqs=8)
+    for num_drafts, count in ((4, 1), (0, 3), (2, 2), (0, 8), (4, 8)):
+        monkeypatch.setattr(other.engine.speculation, "max_drafts", num_drafts)
+        found = token_ids(other.generate(prompts[:count], all_params()[:count]))
+        assert found == expected[:count]
+
+
+def test_a_seed_may_be_an_integer_of_any_kind(model, prompts):
+    def text(seed):
+        llm = tiny_llm(model, num_speculative_tokens=0)
+        return token_ids(llm.generate(prompts[3], SamplingParams(max_tokens=8, seed=seed)))
+
+    assert text(np.int64(5)) == text(np.int32(5)) == text(5)
+
+
+def test_weights_that_are_no_numbers_are_reported_at_the_first_token(prompts):
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.norm.weight.fill_(float("nan"))
+    for params in (greedy(1), greedy(5), SamplingParams(max_tokens=1)):
+        with pytest.raises(ValueError, match="logits are not numbers"):
+            tiny_llm(broken, num_speculative_tokens=0).generate(prompts[3], params)
 
 
 @pytest.mark.parametrize("ahead_seconds", [0.0, 0.004])

@@ -71,3 +71,14 @@ def test_states_settle_to_those_of_the_layers(model, triton_steps):
     # One may have drafted beyond the other's end, but both texts ended with the same token.
     for ours, expected in zip(*found, strict=True):
         assert float((ours - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_convolutions_that_the_kernel_does_not_take_are_left_to_the_layers(triton_steps):
+    from dataclasses import replace
+
+    from qnext.kernels.decode_step import triton_fwd
+
+    step = tiny_llm(tiny_model().to(DEVICE)).engine.runner._fused.trunk
+    assert triton_fwd._objection(step) is None
+    step.config = replace(step.config, linear_conv_kernel_dim=5)
+    assert "convolutions of 5 taps" in triton_fwd._objection(step)

@@ -68,14 +68,16 @@ def decide_token_reference(
         draft: the drafted token and its distribution; None to draw from p itself.
 
     Returns:
-        The token, the draft's where it stands. Weights and total are of the distribution that
-        it was drawn from, or with which the draft was tested.
+        The token, the draft's where it stands; -1 where the logits are no numbers. Weights and
+        total are of the distribution that it was drawn from, or with which the draft was tested.
 
     Source: Fast Inference from Transformers via Speculative Decoding,
         https://arxiv.org/abs/2211.17192
     """
     weights = token_weights(logits, cuts)
     total = float(weights.sum())
+    if not total > 0.0:
+        return Choice(-1, weights, total)
     if draft is None:
         return Choice(pick(weights, draws.token), weights, total)
     share = float(weights[draft.token_id]) / total

@@ -4,6 +4,7 @@ Nothing in a round waits for the host. It writes what was decided to a log, and 
 tokens, lengths, pending rows. The host reads the log once for several rounds.
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qnext.kernels.decode_step.reference import DecodeStep, Rounds, RoundsOutput
+from qnext.kernels.decode_step.reference import NOT_NUMBERS, DecodeStep, Rounds, RoundsOutput
 from qnext.kernels.decode_step.triton_fwd import (
     Prepared,
     commit_window,
@@ -30,9 +31,10 @@ from qnext.kernels.sample_rows.triton_fwd import sample_rows_triton
 from qnext.runtime.random_bits import Purpose
 
 MAX_ROUNDS = 16  # of one call
-NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
-# Numbers of sequences that graphs are captured for; others are filled up with padding.
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Numbers of sequences that graphs are captured for; others are filled up with padding, and those
+# above the last to a multiple of it.
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+MAX_GRAPHS = 24  # kept; each has buffers of its own
 
 
 @triton.jit
@@ -351,7 +353,9 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
     prepared: Prepared = trunk.prepared or prepare(trunk)
     enter(trunk, rounds.rows)
     num_seqs, num_drafts = len(rounds.cuts), rounds.num_drafts
+    began = time.perf_counter()
     captured = _captured(trunk, draft, rounds)
+    setup_seconds = time.perf_counter() - began
     b = captured.buffers
     pending = [prepared.slots[slot].num_pending for slot in rounds.rows.state_slots]
     captured.sent.send(rounds, captured.window, pending)
@@ -373,13 +377,14 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
         hidden = b.draft_states.view(captured.num_seqs, captured.window, -1)[:num_seqs].clone()
     else:
         hidden = b.log_states[:num_rounds, :num_seqs].clone()
-    return RoundsOutput(tokens, hidden)
+    return RoundsOutput(tokens, hidden, setup_seconds)
 
 
 def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> CapturedRounds:
     """The round of this shape, captured when it is first needed."""
     prepared: Prepared = trunk.prepared
-    num_seqs = next((n for n in SIZES if n >= len(rounds.cuts)), len(rounds.cuts))
+    count = len(rounds.cuts)
+    num_seqs = next((n for n in SIZES if n >= count), -(-count // SIZES[-1]) * SIZES[-1])
     has_filters = any(
         cuts is not None and (cuts.top_k > 0 or cuts.top_p < 1 or cuts.min_p > 0)
         for cuts in rounds.cuts
@@ -400,6 +405,8 @@ def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> Ca
         )
         captured.capture(prepared)
         prepared.graphs[key] = captured
+        if len(prepared.graphs) > MAX_GRAPHS:
+            del prepared.graphs[next(iter(prepared.graphs))]  # the one that was captured first
     found: CapturedRounds = prepared.graphs[key]
     return found
 

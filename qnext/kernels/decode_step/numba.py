@@ -20,7 +20,7 @@ from qnext.kernels.cpu_products import CHUNK, LAYOUTS, PRODUCTS
 from qnext.kernels.cpu_team import TeamPace
 from qnext.kernels.decode_step import fields as F
 from qnext.kernels.decode_step.layers import ONE_STEP, run_layer, run_step
-from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
+from qnext.kernels.decode_step.reference import NOT_NUMBERS, DecodeStep, StepOutput, WindowRows
 from qnext.kernels.experts.step import mix_experts
 from qnext.kernels.gated_delta_window.step import mix_window
 from qnext.kernels.paged_attention.step import attend_window
@@ -32,7 +32,6 @@ MIN_ROWS = 8  # that there is room for from the start
 MAX_STEPS = 16  # rounds in one call
 MAX_WINDOW = 1 << 10  # rows of a sequence: no limit of the kernels' own
 MAX_END_IDS = 16  # looked for between them; others end a text a few tokens later
-NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
 
 # Small parameters are kept as fp32 copies; the others are read in place.
 _SMALL = {
@@ -68,7 +67,7 @@ class Prepared:
     max_rows: int = 0
     max_seqs: int = 0
     pages_width: int = 0
-    decide_threads: int = 0  # that there is room to decide tokens for
+    decide_sizes: tuple[int, int, int] = (0, 0, 0)  # sequences, window, threads with room to decide
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from qnext.config.model import ModelConfig
 from qnext.kernels.decide_token.reference import Cuts
 
+NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
+
 
 @dataclass(frozen=True)
 class WindowRows:
@@ -83,10 +85,12 @@ class RoundsOutput:
         hidden: states after the final norm. Without drafts of all rounds [rounds, N, C]; with
             drafts of the last round's windows [N, D + 1, C], of which the rows that decided a
             token are the sequence's.
+        setup_seconds: spent on what the next call of this shape will find ready.
     """
 
     token_ids: list[list[list[int]]]
     hidden: torch.Tensor
+    setup_seconds: float = 0.0
 
 
 @dataclass
@@ -122,6 +126,14 @@ class DecodeStep:
     head: str
     run_layers: Callable[[WindowRows], StepOutput]
     prepared: Any = field(default=None, repr=False)
+
+
+def best_ids(logits: torch.Tensor) -> list[int]:
+    """Lowest id of the largest logit of each row, -1 where one is not a number. [T, W]"""
+    ids = logits.argmax(-1)  # that of a NaN, where there is one
+    is_number = ~logits.gather(-1, ids[:, None])[:, 0].isnan()
+    found: list[int] = torch.where(is_number, ids, -1).tolist()
+    return found
 
 
 def decode_step_reference(step: DecodeStep, rows: WindowRows) -> StepOutput:

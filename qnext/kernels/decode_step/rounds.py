@@ -25,14 +25,13 @@ from qnext.kernels.decode_step.layers import best_of, workplaces
 from qnext.kernels.decode_step.numba import (
     MAX_END_IDS,
     MAX_STEPS,
-    NOT_NUMBERS,
     Prepared,
     fill_rows,
     fill_threads,
     place,
     prepare,
 )
-from qnext.kernels.decode_step.reference import DecodeStep, Rounds, RoundsOutput
+from qnext.kernels.decode_step.reference import NOT_NUMBERS, DecodeStep, Rounds, RoundsOutput
 from qnext.runtime.random_bits import Purpose
 
 _TARGET, _DRAFT = int(Purpose.TARGET), int(Purpose.DRAFT)
@@ -287,16 +286,16 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
 
 def _make_room(prepared: Prepared, num_seqs: int, window: int) -> None:
     """Grow what holds the decisions of a call, if it is too small."""
-    seqs, threads = prepared.max_seqs, prepared.num_threads
-    vocab = int(prepared.table[F.VOCAB])
-    decided = MAX_STEPS * seqs * window
-    weights = seqs * (window - 1) * vocab
-    known = prepared.room.get(F.DECIDED), prepared.room.get(F.DRAFT_WEIGHTS)
-    has_room = known[0] is not None and known[1] is not None
-    if has_room and known[0].size >= decided and known[1].size >= weights:  # type: ignore[union-attr]
-        if prepared.decide_threads == threads:
+    vocab, threads = int(prepared.table[F.VOCAB]), prepared.num_threads
+    known = prepared.decide_sizes
+    needed = (prepared.max_seqs, window, threads)
+    if all(have >= want for have, want in zip(known[:2], needed[:2], strict=True)):
+        if known[2] == threads:
             return
-    prepared.decide_threads = threads
+    # The largest seen of each: sequences and drafts vary by themselves.
+    seqs, window = max(known[0], needed[0]), max(known[1], window)
+    prepared.decide_sizes = (seqs, window, threads)
+    decided, weights = MAX_STEPS * seqs * window, seqs * (window - 1) * vocab
     prepared.table[F.STRIDE_DECIDE] = room_size(vocab)
     place(prepared, F.SEEDS, np.zeros(seqs, dtype=np.uint64))
     place(prepared, F.CUTS, np.zeros((seqs, 4)))

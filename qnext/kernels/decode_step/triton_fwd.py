@@ -5,14 +5,14 @@ States lag by the drafts that were accepted last: the next step replays them (se
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 
-from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows
+from qnext.kernels.decode_step.reference import DecodeStep, StepOutput, WindowRows, best_ids
 from qnext.kernels.decode_step.triton_layers import (
     DeviceRows,
     StepTensors,
@@ -23,7 +23,10 @@ from qnext.kernels.decode_step.triton_layers import (
 from qnext.kernels.gated_delta_step.inputs import StepMemory, StepRows
 from qnext.kernels.gated_delta_step.triton_fwd import gated_delta_step_fwd
 
-MAX_WINDOW = 8  # rows of a sequence that paged attention takes
+MAX_WINDOW = 8  # rows of a sequence that the DeltaNet step takes
+MAX_TAPS = 4  # of the convolution
+MAX_STATE_DIM = 128  # of a DeltaNet head
+MAX_VOCAB = 1 << 18  # that sampling takes
 MAX_EXPERTS, MAX_ACTIVE = 1024, 32
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,6 +54,7 @@ class Prepared:
     slots: dict[int, SlotState] = field(default_factory=dict)
     graphs: dict[Any, Any] = field(default_factory=dict)  # of `cuda_rounds`
     graph_pool: Any = None  # of memory, shared by all graphs
+    addresses: list[int] = field(default_factory=list)  # of the parameters that they read
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:
@@ -73,9 +77,15 @@ def _objection(step: DecodeStep) -> str | None:
             return f"{name} is not contiguous"
     if step.page_size & (step.page_size - 1):
         return f"page_size = {step.page_size} is not a power of two"
-    heads = config.linear_key_head_dim, config.linear_value_head_dim, config.head_dim
-    if max(heads) > MAX_HEAD_DIM:
-        return f"heads of {max(heads)} dimensions, more than {MAX_HEAD_DIM}"
+    if config.head_dim > MAX_HEAD_DIM:
+        return f"heads of {config.head_dim} dimensions, more than {MAX_HEAD_DIM}"
+    state_dim = max(config.linear_key_head_dim, config.linear_value_head_dim)
+    if config.num_linear_layers and state_dim > MAX_STATE_DIM:
+        return f"DeltaNet heads of {state_dim} dimensions, more than {MAX_STATE_DIM}"
+    if config.num_linear_layers and config.linear_conv_kernel_dim > MAX_TAPS:
+        return f"convolutions of {config.linear_conv_kernel_dim} taps, more than {MAX_TAPS}"
+    if config.vocab_size > MAX_VOCAB:
+        return f"{config.vocab_size} words, more than {MAX_VOCAB}"
     if config.num_experts > MAX_EXPERTS or config.num_experts_per_tok > MAX_ACTIVE:
         return f"{config.num_experts_per_tok} of {config.num_experts} experts"
     if config.num_attention_heads == config.num_key_value_heads:
@@ -100,7 +110,8 @@ def prepare(step: DecodeStep) -> Prepared:
             counters=torch.zeros(128, dtype=torch.int32, device=device),
             rotation=(cos, sin),
             use_pdl=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
-        )
+        ),
+        addresses=[parameter.data_ptr() for parameter in step.parameters.values()],
     )
     prepared: Prepared = step.prepared
     return prepared
@@ -133,7 +144,7 @@ def decode_step_triton(step: DecodeStep, rows: WindowRows) -> StepOutput:
         ends = torch.tensor(rows.query_lens).cumsum(0) - 1
         scored = states[ends.to(device)]
     logits = logits_of(prepared.tensors, scored)
-    return StepOutput(states, logits, logits.argmax(-1).tolist())
+    return StepOutput(states, logits, best_ids(logits))
 
 
 def page_table(step: DecodeStep, pages: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -182,21 +193,12 @@ def read_weights(step: DecodeStep) -> None:
     if prepared is None:
         return
     known = prepared.tensors
-    layers = layer_weights(step, known.rotation)
-    if _addresses(layers) != _addresses(known.layers):
+    prepared.tensors = replace(known, layers=layer_weights(step, known.rotation))
+    # All of the model's: a captured round reads the draft layer, embedding and head as well.
+    addresses = [parameter.data_ptr() for parameter in step.parameters.values()]
+    if prepared.addresses != addresses:
         prepared.graphs.clear()
-    prepared.tensors = replace(known, layers=layers)
-
-
-def _addresses(value: Any) -> list[int]:
-    """Where all tensors in nested records lie."""
-    if isinstance(value, torch.Tensor):
-        return [value.data_ptr()]
-    if is_dataclass(value):
-        value = vars(value).values()
-    elif not isinstance(value, tuple):
-        return []
-    return [address for part in value for address in _addresses(part)]
+        prepared.addresses = addresses
 
 
 def settle(step: DecodeStep, commit: Any) -> None:

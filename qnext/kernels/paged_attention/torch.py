@@ -73,7 +73,14 @@ def _block(
 
 
 def _takes_flash(q: torch.Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    is_fit = q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    return (
+        is_fit
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def _flash_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
