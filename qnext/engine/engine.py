@@ -235,10 +235,6 @@ class Engine:
         if outcomes is not None:
             num_seqs = len(outcomes) // num_steps
             self.speculation.record(num_seqs, num_drafts, seconds, outcomes, deferred_seconds)
-        self._count_steps(num_drafts, seconds, num_steps)
-
-    def _count_steps(self, num_drafts: int, seconds: float, num_steps: int) -> None:
-        """Note steps and how long one of them took."""
         self._step_seconds[num_drafts] = seconds
         steps = self.metrics.num_steps_by_speculation
         steps[num_drafts] = steps.get(num_drafts, 0) + num_steps

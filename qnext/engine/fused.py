@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qnext.cache.hybrid import HybridCache
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
+from qnext.engine.request import Request
 from qnext.engine.sampler import cuts_of
 from qnext.kernels import dispatch
 from qnext.kernels.decode_step.reference import (
@@ -67,17 +68,20 @@ class FusedSteps:
         self._is_deferring = out.best is not None
         return out
 
-    def can_take_rounds(self, windows: Sequence[SequenceRows], num_drafts: int) -> bool:
-        """Whether compiled code can go on by itself from these rows, one a sequence."""
+    def rounds_rows(self, windows: Sequence[SequenceRows], num_drafts: int) -> WindowRows | None:
+        """These rows, one a sequence, for `take_rounds`; None if no kernel goes on from them."""
         if num_drafts >= self._kernels.MAX_WINDOW:
-            return False
+            return None
         rows = self._rows(windows, None)
-        return dispatch.decode_step.backend_for(self.trunk, rows) != "reference"
+        backend = dispatch.decode_step.backend_for(self.trunk, rows)
+        return None if backend == "reference" else rows
 
     def take_rounds(
         self,
-        windows: Sequence[SequenceRows],
+        rows: WindowRows,
+        requests: Sequence[Request],
         draft_rows: tuple[list[SequenceRows], Tensor] | None,
+        *,
         num_drafts: int,
         max_rounds: int,
         end_token_ids: Sequence[int],
@@ -85,13 +89,13 @@ class FusedSteps:
         """Rounds of drafts and verification, or of plain steps; all are committed.
 
         Args:
-            windows: the last token of each sequence.
+            rows: the last token of each sequence, from `rounds_rows`.
+            requests: the sequences.
             draft_rows: rows that the draft layer has not seen and their states, as for `mtp_step`.
             num_drafts, max_rounds, end_token_ids: as in `Rounds`.
         """
-        requests = [rows.request for rows in windows]
         rounds = Rounds(
-            rows=self._rows(windows, None),
+            rows=rows,
             draft_rows=None if draft_rows is None else self._rows(*draft_rows),
             cuts=[cuts_of(request.params) for request in requests],
             seeds=[request.seed for request in requests],

@@ -237,14 +237,22 @@ class ModelRunner:
         if self._fused is None:
             return None
         windows = [SequenceRows(r, r.token_ids[-1:], r.num_computed) for r in requests]
-        if not self._fused.can_take_rounds(windows, num_drafts):
+        rows = self._fused.rounds_rows(windows, num_drafts)
+        if rows is None:
             return None
         draft_rows = None
         if num_drafts:
             # A captured round has room for one window of rows.
             is_gpu = self.device.type == "cuda"
             draft_rows = self._step_zero_rows(requests, num_drafts + 1 if is_gpu else None)
-        return self._fused.take_rounds(windows, draft_rows, num_drafts, max_rounds, end_token_ids)
+        return self._fused.take_rounds(
+            rows,
+            requests,
+            draft_rows,
+            num_drafts=num_drafts,
+            max_rounds=max_rounds,
+            end_token_ids=end_token_ids,
+        )
 
     @torch.inference_mode()
     def keep_rounds(self, requests: Sequence[Request], out: RoundsOutput, num_drafts: int) -> None:
