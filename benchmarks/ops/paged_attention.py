@@ -11,7 +11,6 @@ replay divided by the number of calls. The page table allows --max-context, as a
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ops.timing import graph_time
 from qnext.kernels.paged_attention_window import triton_fwd
 from qnext.kernels.paged_attention_window.reference import (
     HeadWeights,
@@ -98,27 +98,6 @@ def draw(num_seqs: int, context: int, max_window: int, page_size: int, max_conte
     return Inputs(fused, k_cache, v_cache, weights, windows)
 
 
-def graph_time(calls: Sequence[Callable[[], object]], num_replays: int = 9) -> float:
-    """Median microseconds per call, all of them captured in one CUDA graph."""
-    for call in calls[:2]:
-        call()
-    calls = [*calls] * -(-MIN_CALLS // len(calls))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(num_replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[2:])
-
-
 def check() -> None:
     """Refuse to time a kernel that is wrong."""
     inputs = draw(3, 1000, 2, 64, 2048)
@@ -139,7 +118,7 @@ def measure_sweep(inputs: Inputs) -> dict[str, float]:
     for values in itertools.product(*SWEEP.values()):
         for name, value in zip(SWEEP, values, strict=True):
             setattr(triton_fwd, name, value)
-        times["/".join(map(str, values))] = graph_time(inputs.calls())
+        times["/".join(map(str, values))] = graph_time(inputs.calls(), min_calls=MIN_CALLS)
     for name, value in chosen.items():
         setattr(triton_fwd, name, value)
     return times
@@ -162,7 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.sweep:
             times = measure_sweep(inputs)
         else:
-            times = {name: graph_time(inputs.calls(**options)) for name, options in MODES.items()}
+            times = {
+                name: graph_time(inputs.calls(**options), min_calls=MIN_CALLS)
+                for name, options in MODES.items()
+            }
         name = f"{num_seqs} x {context}, Q {max_window}"
         cells = "   ".join(f"{mode} {time:7.1f}" for mode, time in times.items())
         print(f"{name:<18} limit {limit:6.1f}   {cells}   {limit / min(times.values()):5.0%}")

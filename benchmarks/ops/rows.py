@@ -32,13 +32,12 @@ from benchmarks.ops.rows_cases import (
     Line,
     Mixture,
     W,
-    graph_time,
     product_calls,
     random,
 )
 from benchmarks.ops.rows_sweep import sweep
-from qnext.kernels.experts_rows.triton_gather import GatherTile, gather_tile
-from qnext.kernels.experts_rows.triton_tiles import RowsTile, rows_tile
+from benchmarks.ops.timing import graph_time
+from qnext.kernels.experts_rows.triton_config import rows_tile
 from qnext.kernels.row_argmax.triton_fwd import row_argmax_fwd
 from qnext.kernels.row_linear.triton_fwd import row_linear_fwd
 
@@ -78,16 +77,10 @@ def bench_mixture(
         num_bytes = mixture.num_bytes(routings)
         if not is_quick:
             yield Line(f"router{label}", num_rows, gate_bytes, router_times(mixture, xs))
-        ways: dict[str, tuple[bool, GatherTile | RowsTile | None]]
-        ways = {"ours": (False, None), "overlapped": (True, None)}
-        width = mixture.element_bytes
-        other = rows_tile(C, I, width) if num_rows <= 2 else gather_tile(C, I, A + 1, width)
-        ways["other way" if num_rows > 2 else "as tiles"] = (False, other)
         mix: dict[str, float] = {}
-        for name, (use_pdl, tile) in ways.items():
-            if tile is None or num_rows <= 4:
-                mix_by = partial(mixture.mix, use_pdl=use_pdl, tile=tile)
-                mix[name] = graph_time([partial(mix_by, xs[t], routings[t], t) for t in turns])
+        for name, use_pdl in (("ours", False), ("overlapped", True)):
+            mix_by = partial(mixture.mix, use_pdl=use_pdl)
+            mix[name] = graph_time([partial(mix_by, xs[t], routings[t], t) for t in turns])
         yield Line(f"experts{label}", num_rows, num_bytes, mix)
 
         def whole(x: torch.Tensor, turn: int, fuses: bool, use_pdl: bool) -> object:
@@ -122,9 +115,8 @@ def router_times(mixture: Mixture, xs: Sequence[torch.Tensor]) -> dict[str, floa
 
 
 def bench_kernels(mixture: Mixture, label: str, rows: Sequence[int] = ROWS) -> Iterable[Line]:
-    """Each launch of a mixture by itself: both ways at 1 to 4 rows, then tiles alone."""
+    """Each launch of a mixture by itself."""
     turns = range(len(mixture.gates))
-    width = mixture.element_bytes
     gate_bytes = (E + 1) * C * 2
     for num_rows in rows:
         xs = [random(num_rows, C) for _ in turns]
@@ -132,20 +124,14 @@ def bench_kernels(mixture: Mixture, label: str, rows: Sequence[int] = ROWS) -> I
         num_bytes = mixture.num_bytes(routings)
         times = {"one launch": graph_time([partial(mixture.route, xs[t], t) for t in turns])}
         yield Line(f"router{label}", num_rows, gate_bytes, times)
-        ways: tuple[GatherTile | RowsTile, ...] = (rows_tile(C, I, width),)
-        if num_rows <= 4:
-            ways = (gather_tile(C, I, A + 1, width), *ways)
-        ups, downs, sums = {}, {}, {}
-        for tile in ways:
-            name = "gathered" if isinstance(tile, GatherTile) else "tiles"
-            kernels = [mixture.kernels(xs[t], routings[t], t, tile) for t in turns]
-            ups[name] = graph_time([each[0] for each in kernels])
-            downs[name] = graph_time([each[1] for each in kernels])
-            if len(kernels[0]) > 2:
-                sums[name] = graph_time([each[2] for each in kernels])
-        yield Line(f"up{label}", num_rows, num_bytes * 2 / 3, ups)
-        yield Line(f"down{label}", num_rows, num_bytes / 3, downs)
-        yield Line(f"sum{label}", num_rows, num_rows * (A + 1) * C * 4, sums)
+        tile = rows_tile(C, I, mixture.element_bytes)
+        kernels = [mixture.kernels(xs[t], routings[t], t, tile) for t in turns]
+        up, down, added = (
+            {"ours": graph_time([each[place] for each in kernels])} for place in range(3)
+        )
+        yield Line(f"up{label}", num_rows, num_bytes * 2 / 3, up)
+        yield Line(f"down{label}", num_rows, num_bytes / 3, down)
+        yield Line(f"sum{label}", num_rows, num_rows * (A + 1) * C * 4, added)
 
 
 def bench_layers(mixture: Mixture) -> Iterable[Line]:

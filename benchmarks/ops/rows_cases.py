@@ -12,9 +12,9 @@ from functools import partial
 import torch
 
 from qnext.kernels.experts_rows.reference import ExpertScales
+from qnext.kernels.experts_rows.triton_config import RowsTile
 from qnext.kernels.experts_rows.triton_fwd import experts_rows_fwd
-from qnext.kernels.experts_rows.triton_gather import GatherTile, gather_down, gather_up
-from qnext.kernels.experts_rows.triton_tiles import RowsTile, sum_slots, tile_down, tile_up
+from qnext.kernels.experts_rows.triton_tiles import sum_slots, tile_down, tile_up
 from qnext.kernels.fp8_blocks import DTYPE, scale_shape
 from qnext.kernels.norm_router.triton_fwd import norm_router_fwd
 from qnext.kernels.row_linear.triton_fwd import RowTile, row_linear_fwd
@@ -26,7 +26,6 @@ QUICK_ROWS = (1, 2, 8, 16)
 # More than four times what L2 holds.
 ROTATED_BYTES = 220e6
 # Calls in one replay, so that its start is no part of the time.
-MIN_CALLS = 48
 EPS = 1e-6
 BF16 = torch.bfloat16
 # Outputs and columns of the flagship's products, with a norm, with a residual.
@@ -54,27 +53,6 @@ class Line:
         best = min(self.times.values())
         head = f"{self.name:<16} T {self.num_rows:>2}   limit {limit:7.1f}   "
         return head + cells + f"{limit / best:5.0%}"
-
-
-def graph_time(calls: Sequence[Callable[[], object]], num_replays: int = 9) -> float:
-    """Median microseconds per call, all of them captured in one CUDA graph."""
-    for call in calls[:2]:
-        call()
-    calls = [*calls] * -(-MIN_CALLS // len(calls))
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(num_replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return statistics.median(times[2:])
 
 
 def random(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
@@ -187,7 +165,7 @@ class Mixture:
         turn: int,
         *,
         use_pdl: bool = False,
-        tile: GatherTile | RowsTile | None = None,
+        tile: RowsTile | None = None,
     ) -> torch.Tensor:
         """Experts of a turn."""
         normed, top_weights, top_ids, shared_logit = routing
@@ -210,26 +188,13 @@ class Mixture:
         x: torch.Tensor,
         routing: tuple[torch.Tensor, ...],
         turn: int,
-        tile: GatherTile | RowsTile,
+        tile: RowsTile,
     ) -> list[Callable[[], torch.Tensor]]:
         """The launches of a turn's experts, each on inputs that are there already."""
         normed, top_weights, top_ids, shared_logit = routing
         shared_up, shared_down = self.shared[turn]
         weights = (self.gate_up, self.down, shared_up, shared_down)
         hidden = random(x.shape[0], A + 1, I)
-        if isinstance(tile, GatherTile):
-            named = {
-                "top_weights": top_weights,
-                "top_ids": top_ids,
-                "shared_logit": shared_logit,
-                "residual": x,
-                "scales": self.scales,
-                "tile": tile,
-            }
-            return [
-                partial(gather_up, normed, weights, top_ids, self.scales, tile, use_pdl=False),
-                partial(gather_down, hidden, self.down, shared_down, **named, use_pdl=False),  # type: ignore[arg-type]
-            ]
         products = random(x.shape[0], A + 1, C, dtype=torch.float32)
         down = (hidden, self.down, shared_down, top_ids, self.scales, tile)
         return [

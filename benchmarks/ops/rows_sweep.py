@@ -9,17 +9,13 @@ import torch
 from benchmarks.ops.rows_cases import (
     BYTES_PER_US,
     PRODUCTS,
-    A,
     C,
-    I,
     Mixture,
-    graph_time,
     product_calls,
     random,
 )
-from qnext.kernels.experts_rows.triton_fwd import choose_tile
-from qnext.kernels.experts_rows.triton_gather import GatherTile
-from qnext.kernels.experts_rows.triton_tiles import RowsTile
+from benchmarks.ops.timing import graph_time
+from qnext.kernels.experts_rows.triton_config import RowsTile
 from qnext.kernels.row_linear.triton_fwd import RowTile
 
 
@@ -50,33 +46,19 @@ def sweep_products(is_fp8: bool) -> None:
 
 
 def sweep_experts(mixture: Mixture, label: str) -> None:
-    """Other cuts of the experts by both ways, best first: where they cross is GATHERED_ROWS."""
+    """Other cuts of the experts, best first."""
     turns = range(len(mixture.gates))
     for num_rows in (1, 2, 3, 4, 8, 16):
         xs = [random(num_rows, C) for _ in turns]
         routings = [mixture.route(xs[turn], turn) for turn in turns]
         results = []
-        cuts: list[GatherTile | RowsTile] = [*gather_cuts(num_rows)]
-        cuts += tile_cuts(mixture.element_bytes)
-        for tile in cuts:
+        for tile in tile_cuts(mixture.element_bytes):
             time = graph_time(
                 [partial(mixture.mix, xs[t], routings[t], t, tile=tile) for t in turns], 5
             )
             results.append((time, tile))
         limit = mixture.num_bytes(routings) / BYTES_PER_US
-        chosen = type(choose_tile(num_rows, C, I, A + 1, mixture.element_bytes)).__name__
-        show_sweep(f"experts{label} T {num_rows}, limit {limit:.1f}, {chosen} chosen", results)
-
-
-def gather_cuts(num_rows: int) -> list[GatherTile]:
-    """Cuts of the gathered products; for many rows the default alone, which is far from best."""
-    ups = [(4, C, 8), (2, C, 4), (4, C, 4), (8, C, 8), (8, C, 16), (4, 1024, 4)]
-    downs = [(4, 512, 8), (2, 512, 4), (2, 512, 8), (4, 512, 4), (8, 512, 8), (1, 512, 2)]
-    if num_rows > 2:
-        return [GatherTile(*ups[0], *downs[0])] if num_rows <= 4 else []
-    cuts = [GatherTile(*up, *downs[0]) for up in ups]
-    cuts += [GatherTile(*ups[0], *down) for down in downs[1:]]
-    return cuts + [GatherTile(*ups[0], *downs[0], prefetched) for prefetched in (0, 2, 6, 10)]
+        show_sweep(f"experts{label} T {num_rows}, limit {limit:.1f}", results)
 
 
 def tile_cuts(element_bytes: int) -> list[RowsTile]:

@@ -129,29 +129,6 @@ def widened(b_w: tl.tensor, b_x: tl.tensor) -> tl.tensor:
         return b_w.to(b_x.dtype)
 
 
-@triton.jit
-def prefetch_bytes(p_first: tl.tensor, num_bytes: tl.tensor) -> None:
-    """Ask for a stretch of memory to come into L2, by one thread; returns at once.
-
-    Address and length are multiples of 16 bytes.
-    """
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred is_first;
-        .reg .b32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 is_first, thread, 0;
-        @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0;
-        }""",
-        "=r,l,r",
-        [p_first.to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 def rows_objection(x: torch.Tensor, max_rows: int) -> str | None:
     """Why rows [T, C] are not for these kernels, or None."""
     if not x.is_cuda and not _IS_INTERPRETED:

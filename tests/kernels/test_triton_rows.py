@@ -9,8 +9,7 @@ pytest.importorskip("triton")
 
 from qnext.kernels.experts_rows import triton_fwd as experts_module
 from qnext.kernels.experts_rows.reference import ExpertScales, experts_rows_reference
-from qnext.kernels.experts_rows.triton_gather import GatherTile, gather_tile
-from qnext.kernels.experts_rows.triton_tiles import RowsTile, rows_tile
+from qnext.kernels.experts_rows.triton_config import RowsTile
 from qnext.kernels.fp8_blocks import dequantized, quantize_blocks, scale_shape
 from qnext.kernels.norm_router import triton_fwd as router_module
 from qnext.kernels.norm_router.reference import norm_router_reference
@@ -220,20 +219,9 @@ def mixture_inputs(num_rows, size, width, num_experts, top_k, dtype, *, shared_w
     return (random(num_rows, size, dtype=dtype), *weights), named
 
 
-def cut_for(way, size, width, shared_width, top_k, weight):
-    """The cut by which pairs read their experts, or all rows each expert."""
-    width, num_slots = max(width, shared_width), top_k + (shared_width > 0)
-    if way == "tiles":
-        return rows_tile(size, width, weight.element_size())
-    return gather_tile(size, width, num_slots, weight.element_size())
-
-
-def check_mixture(*shape, shared_width, is_fp8=False, way=None, tile=None):
+def check_mixture(*shape, shared_width, is_fp8=False, tile=None):
     given, named = mixture_inputs(*shape, shared_width=shared_width, is_fp8=is_fp8)
     assert experts_module.supports(*given, **named) is None
-    if way is not None:
-        _, size, width, _, top_k, _ = shape
-        tile = cut_for(way, size, width, shared_width, top_k, given[1])
     ours = experts_module.experts_rows_fwd(*given, **named, tile=tile)
     expected = experts_rows_reference(*given, **named)
     assert ours.dtype == expected.dtype
@@ -248,31 +236,27 @@ def test_experts_and_shared_expert_are_summed(num_rows, dtype):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("way", ["gathered", "tiles"])
 @pytest.mark.parametrize(
     "size, width, top_k, shared_width",
     [(40, 24, 5, 0), (48, 24, 1, 56), (1100, 20, 2, 8), (32, 600, 4, 40), (24, 16, 3, 1040)],
 )
-def test_mixtures_of_odd_sizes_are_summed(size, width, top_k, shared_width, way):
-    check_mixture(3, size, width, 9, top_k, torch.float32, shared_width=shared_width, way=way)
+def test_mixtures_of_odd_sizes_are_summed(size, width, top_k, shared_width):
+    check_mixture(3, size, width, 9, top_k, torch.float32, shared_width=shared_width)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("way", ["gathered", "tiles"])
 @pytest.mark.parametrize(
     "size, width, shared_width",
     [(200, 128, 256), (1152, 128, 0), (64, 640, 0), (64, 128, 0), (256, 640, 128)],
 )
-def test_mixtures_of_eight_bits_are_summed(size, width, shared_width, way):
-    check_mixture(2, size, width, 3, 2, HALF, shared_width=shared_width, is_fp8=True, way=way)
+def test_mixtures_of_eight_bits_are_summed(size, width, shared_width):
+    check_mixture(2, size, width, 3, 2, HALF, shared_width=shared_width, is_fp8=True)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
     "tile",
     [
-        GatherTile(2, 32, 1, 1, 16, 1, prefetched=0),
-        GatherTile(8, 64, 2, 8, 128, 4, prefetched=3),
         RowsTile(16, 64, 4, 3, 32, 16, 4, 2),
         RowsTile(64, 16, 4, 3, 16, 64, 4, 2),
     ],
@@ -281,17 +265,16 @@ def test_mixtures_are_summed_in_tiles_of_any_cut(tile):
     check_mixture(2, 80, 48, 6, 3, HALF, shared_width=32, tile=tile)
 
 
-@pytest.mark.parametrize("way, num_rows", [("gathered", 1), ("gathered", 2), ("tiles", 4)])
-def test_a_mixture_has_the_same_bits_in_any_company(way, num_rows):
+@pytest.mark.parametrize("num_rows", [1, 2, 4])
+def test_a_mixture_has_the_same_bits_in_any_company(num_rows):
     given, named = mixture_inputs(8, 64, 32, 12, 3, HALF, shared_width=32, is_fp8=False)
-    tile = cut_for(way, 64, 32, 32, 3, given[1])
-    whole = experts_module.experts_rows_fwd(*given, **named, tile=tile)
+    whole = experts_module.experts_rows_fwd(*given, **named)
     part = slice(2, 2 + num_rows)
     alone = {
         name: value[part] if isinstance(value, torch.Tensor) else value
         for name, value in named.items()
     }
-    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone, tile=tile)
+    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone)
     assert torch.equal(ours, whole[part])
 
 
@@ -407,11 +390,10 @@ def test_experts_of_the_flagship_are_chosen_by_any_cut(cut, uses_counters):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("is_fp8", [False, True])
-@pytest.mark.parametrize("way", ["gathered", "tiles"])
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 16])
-def test_mixtures_of_the_flagship_are_summed(num_rows, way, is_fp8):
+def test_mixtures_of_the_flagship_are_summed(num_rows, is_fp8):
     shape = (num_rows, 2048, 512, 64, 10, torch.bfloat16)
-    check_mixture(*shape, shared_width=512, is_fp8=is_fp8, way=way)
+    check_mixture(*shape, shared_width=512, is_fp8=is_fp8)
 
 
 @pytest.mark.gpu

@@ -1,22 +1,11 @@
-"""Mixture of experts for the rows of a decode step: by pairs, or by tiles of all rows.
-
-One or two tokens rarely share an expert: each pair then reads its expert by itself, without dots
-and in two launches. More tokens read each distinct expert once, in three launches.
-"""
+"""Mixture of experts for the rows of a decode step: each distinct expert is read once."""
 
 import torch
 
 from qnext.kernels.experts_rows.reference import NO_SCALES, ExpertScales
-from qnext.kernels.experts_rows.triton_gather import (
-    GatherTile,
-    gather_down,
-    gather_tile,
-    gather_up,
-)
+from qnext.kernels.experts_rows.triton_config import RowsTile, rows_tile
 from qnext.kernels.experts_rows.triton_tiles import (
     TILE_ROWS,
-    RowsTile,
-    rows_tile,
     sum_slots,
     tile_down,
     tile_up,
@@ -26,18 +15,6 @@ from qnext.kernels.gpu_decode import rows_objection, weight_objection
 
 MAX_ROWS = TILE_ROWS
 MAX_ACTIVE = 32
-# Up to so many rows each pair reads its expert by itself. By estimate: at 2 rows both ways read 21
-# experts and tiles take one launch more; from 3 on the shared expert's repeats cost more than that.
-GATHERED_ROWS = 0
-
-
-def choose_tile(
-    num_tokens: int, C: int, width: int, num_slots: int, element_bytes: int
-) -> GatherTile | RowsTile:
-    """How experts of this width are read for so many tokens."""
-    if num_tokens <= GATHERED_ROWS:
-        return gather_tile(C, width, num_slots, element_bytes)
-    return rows_tile(C, width, element_bytes)
 
 
 def experts_rows_fwd(
@@ -53,36 +30,17 @@ def experts_rows_fwd(
     residual: torch.Tensor,
     scales: ExpertScales | None,
     use_pdl: bool = False,
-    tile: GatherTile | RowsTile | None = None,
+    tile: RowsTile | None = None,
 ) -> torch.Tensor:
-    """Launch two kernels or three; arguments as in `experts_rows_reference`.
+    """Launch three kernels; arguments as in `experts_rows_reference`.
 
     Args:
         use_pdl: see `overlap_options`.
-        tile: another cut, and with it another way, than the one chosen by shape.
+        tile: another cut than the one chosen by shape.
     """
-    num_active, width = top_ids.shape[1], down.shape[2]
-    if shared_down is not None:
-        width = max(width, shared_down.shape[1])
-    num_slots = num_active + (shared_down is not None)
-    if tile is None:
-        num_tokens, C = normed.shape
-        tile = choose_tile(num_tokens, C, width, num_slots, gate_up.element_size())
+    width = down.shape[2] if shared_down is None else max(down.shape[2], shared_down.shape[1])
+    tile = tile or rows_tile(normed.shape[1], width, gate_up.element_size())
     weights = (gate_up, down, shared_gate_up, shared_down)
-    if isinstance(tile, GatherTile):
-        hidden = gather_up(normed, weights, top_ids, scales, tile, use_pdl=use_pdl)
-        return gather_down(
-            hidden,
-            down,
-            shared_down,
-            top_weights=top_weights,
-            top_ids=top_ids,
-            shared_logit=shared_logit,
-            residual=residual,
-            scales=scales,
-            tile=tile,
-            use_pdl=use_pdl,
-        )
     hidden = tile_up(normed, weights, top_ids, scales, tile, use_pdl=use_pdl)
     products = tile_down(hidden, down, shared_down, top_ids, scales, tile, use_pdl=use_pdl)
     return sum_slots(products, top_weights, shared_logit, residual, use_pdl=use_pdl)
@@ -143,8 +101,7 @@ def experts_rows_triton(
     """See `experts_rows_reference`. Up to 16 rows.
 
     The hidden channels are rounded to the dtype of the rows once, between the two products. A row
-    has the same bits in any company of up to `GATHERED_ROWS` rows, and in any larger one. A
-    token's experts are distinct, as `norm_router` makes them.
+    has the same bits in any company. A token's experts are distinct, as `norm_router` makes them.
     """
     return experts_rows_fwd(
         normed,

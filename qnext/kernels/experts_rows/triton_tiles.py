@@ -5,7 +5,6 @@ program of a pair (token, expert) does the work if no earlier token chose the sa
 rows as one side of its dots, and writes what belongs to tokens that did choose it.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,61 +13,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qnext.kernels.experts_rows.reference import ExpertScales
-from qnext.kernels.experts_rows.triton_gather import common_options
-from qnext.kernels.fp8_blocks import BLOCK
+from qnext.kernels.experts_rows.triton_config import RowsTile, common_options
 from qnext.kernels.gpu_decode import overlap_options, wait_for_previous, widened
 
 # Rows of a dot, for any number of tokens: so a row's bits depend on no other.
 TILE_ROWS = 16
 # Channels per program of the sum over slots.
 SUM_CHANNELS = 128
-
-
-@dataclass(frozen=True)
-class RowsTile:
-    """How an expert is cut where all rows read it once.
-
-    Attributes:
-        BN: hidden channels per program of the first kernel, gate and up of each.
-        BK: columns of gate_up at once.
-        up_warps, up_stages: of the first kernel.
-        BO: output channels per program of the second kernel.
-        BD: columns of down at once.
-        down_warps, down_stages: of the second kernel.
-    """
-
-    BN: int
-    BK: int
-    up_warps: int
-    up_stages: int
-    BO: int
-    BD: int
-    down_warps: int
-    down_stages: int
-
-
-def rows_tile(C: int, width: int, element_bytes: int) -> RowsTile:
-    """Cut by shape: two programs and about 150 KB in flight on each SM.
-
-    A block of e4m3 has one scale, so a step is a block's columns.
-    """
-    if element_bytes == 4:
-        tile = RowsTile(16, 32, 4, 2, 16, 32, 4, 2)
-    elif element_bytes == 2:
-        tile = RowsTile(64, 64, 4, 5, 64, 128, 4, 4)
-    else:
-        tile = RowsTile(64, BLOCK, 4, 5, 64, BLOCK, 4, 4)
-    channels, columns = triton.next_power_of_2(C), triton.next_power_of_2(width)
-    return RowsTile(
-        max(16, min(tile.BN, columns)),
-        max(16, min(tile.BK, channels)),
-        tile.up_warps,
-        tile.up_stages,
-        max(16, min(tile.BO, channels)),
-        max(16, min(tile.BD, columns)),
-        tile.down_warps,
-        tile.down_stages,
-    )
 
 
 @triton.jit

@@ -4,15 +4,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def wait_for_previous(USE_PDL: tl.constexpr) -> None:
-    """Wait until the kernel before this one has ended, and let the next one start early."""
-    if USE_PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+from qnext.kernels.gpu_decode import wait_for_previous
 
 
 @triton.jit
