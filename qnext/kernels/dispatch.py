@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -55,6 +56,8 @@ class Kernel:
     """One backend's function for an op, and its `supports`, which says why it cannot run.
 
     `serves` says in words what it takes, and `machine_objection` why this machine never runs it.
+    `skipped_device` is the type of device whose rows it is not asked about unless it is named: a
+    forward pass calls ops hundreds of times, and a GPU must not wait for reasons nobody reads.
     """
 
     backend: str
@@ -62,6 +65,7 @@ class Kernel:
     supports: Callable[..., str | None]
     serves: str
     machine_objection: Callable[[], str | None] = lambda: None
+    skipped_device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,13 @@ class Op:
         named = _named.get(self.name) or _named.get("*")
         if named == "reference":
             return None
+        first = args[0] if args else None
+        device_type = first.device.type if isinstance(first, torch.Tensor) else ""
         for kernel in self.kernels:
-            if named is not None and kernel.backend != named:
+            if named is None:
+                if kernel.skipped_device == device_type:
+                    continue
+            elif kernel.backend != named:
                 continue
             reason = kernel.supports(*args, **kwargs)
             if reason is None:
@@ -133,11 +142,30 @@ def _torch_kernel(module: Any, name: str, serves: str = "all devices") -> tuple[
     return (Kernel("torch", getattr(module, f"{name}_torch"), module.supports, serves),)
 
 
+class _Parts:
+    """What a kernel's module holds, loaded when it is first needed."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    @cached_property
+    def supports(self) -> Callable[..., str | None]:
+        """The module's `supports`."""
+        found: Callable[..., str | None] = import_module(self._module).supports
+        return found
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """The op's function."""
+        found: Callable[..., Any] = getattr(import_module(self._module), self._name)
+        return found
+
+
 def _numba_kernel(
     name: str, serves: str = "windows on a CPU, fp32 rows", takes_tensors: bool = True
 ) -> Kernel:
     """A kernel whose module, and Numba with it, is loaded when a CPU first needs it."""
-    module = f"qnext.kernels.{name}.numba"
+    parts = _Parts(f"qnext.kernels.{name}.numba", f"{name}_numba")
 
     def supports(*args: Any, **kwargs: Any) -> str | None:
         if torch.compiler.is_compiling():
@@ -146,14 +174,13 @@ def _numba_kernel(
             return f"the inputs are on {args[0].device}"
         if takes_tensors and torch.is_grad_enabled():
             return "it has no gradient, and gradients are on"
-        reason: str | None = import_module(module).supports(*args, **kwargs)
-        return reason
+        return parts.supports(*args, **kwargs)
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(module), f"{name}_numba")(*args, **kwargs)
+        return parts.function(*args, **kwargs)
 
     objection = _numba_objection if takes_tensors else lambda: None
-    return Kernel("numba", function, supports, serves, objection)
+    return Kernel("numba", function, supports, serves, objection, skipped_device="cuda")
 
 
 def _device_of_rows(x: torch.Tensor, *rest: Any, **named: Any) -> torch.device:
@@ -170,7 +197,7 @@ def _triton_kernel(
     Args:
         device_of: where the inputs of a call are.
     """
-    module = f"qnext.kernels.{name}.triton_fwd"
+    parts = _Parts(f"qnext.kernels.{name}.triton_fwd", f"{name}_triton")
 
     def supports(*args: Any, **kwargs: Any) -> str | None:
         if torch.compiler.is_compiling():
@@ -178,20 +205,24 @@ def _triton_kernel(
         device = device_of(*args, **kwargs)
         if device.type != "cuda" and "triton" not in (_named.get(name), _named.get("*")):
             return f"the inputs are on {device}, not on a GPU"
-        if (objection := _triton_objection()) is not None:
+        if (objection := _triton_objection(device.type)) is not None:
             return objection
-        reason: str | None = import_module(module).supports(*args, **kwargs)
-        return reason
+        return parts.supports(*args, **kwargs)
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(module), f"{name}_triton")(*args, **kwargs)
+        return parts.function(*args, **kwargs)
 
-    return Kernel("triton", function, supports, serves, _triton_objection)
+    return Kernel("triton", function, supports, serves, _triton_objection, skipped_device="cpu")
 
 
-def _triton_objection() -> str | None:
-    if not find_spec("triton"):
+_is_installed = cache(find_spec)
+
+
+def _triton_objection(device_type: str = "cpu") -> str | None:
+    if not _is_installed("triton"):
         return "triton is not installed"
+    if device_type == "cuda":
+        return None
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return None if torch.cuda.is_available() or is_interpreted else "there is no GPU"
 
@@ -199,7 +230,7 @@ def _triton_objection() -> str | None:
 def _numba_objection() -> str | None:
     if torch.cuda.is_available():
         return "it runs on CPUs, and the default device is a GPU"
-    return None if find_spec("numba") else "numba is not installed"
+    return None if _is_installed("numba") else "numba is not installed"
 
 
 _CPU_ROWS = "fp32 rows on a CPU, no gradients"
