@@ -92,8 +92,7 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: spoil(new_empty(*a, **k)))
 
 
-@pytest.mark.parametrize("num_spans", [2, 128])
-@pytest.mark.parametrize("one_launch_pairs", [0, 4096])
+@pytest.mark.parametrize("one_launch_pairs, num_spans", [(0, 2), (0, 640), (4096, 640)])
 @pytest.mark.parametrize(
     "num_tokens, num_active, num_experts, block_m",
     [(1, 1, 1, 16), (1, 10, 512, 16), (7, 3, 5, 16), (300, 4, 33, 32), (300, 3, 3, 64)],
@@ -103,6 +102,8 @@ def test_pairs_are_grouped_by_expert_in_ascending_order(
 ):
     monkeypatch.setattr(triton_sort, "ONE_LAUNCH_PAIRS", one_launch_pairs)
     monkeypatch.setattr(triton_sort, "NUM_SPANS", num_spans)
+    monkeypatch.setattr(triton_sort, "BLOCK_PAIRS", 32)
+    monkeypatch.setattr(triton_sort, "SUMMED_SPANS", 16)
     ids = draw_ids(num_tokens, num_active, num_experts, "crowded").to(DEVICE)
     table = PairTable(*(t.cpu() for t in sort_pairs(ids, num_experts, block_m)))
     flat = ids.flatten().cpu()
@@ -120,6 +121,18 @@ def test_pairs_are_grouped_by_expert_in_ascending_order(
     reached = table.tiles[: max_tiles(flat.numel(), num_experts, block_m)].tolist()
     assert reached[: len(expected)] == expected
     assert all(first >= last for _, first, last in reached[len(expected) :])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 400, 1024, 32768])
+@pytest.mark.parametrize("routing", ["random", "crowded", "one expert"])
+def test_many_pairs_are_sorted_as_a_stable_sort_does(num_tokens, routing):
+    ids = draw_ids(num_tokens, 10, 512, routing).to(DEVICE)
+    table = sort_pairs(ids, 512, 128)
+    order = ids.flatten().argsort(stable=True).int()
+    assert torch.equal(table.order, order)
+    assert torch.equal(table.inverse[order.long()], torch.arange(order.numel(), device=DEVICE))
+    assert torch.equal(table.starts[1:], ids.flatten().bincount(minlength=512).cumsum(0))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
