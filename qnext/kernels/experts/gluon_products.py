@@ -69,8 +69,8 @@ def multiply_up(
         x, describe(gate_up.view(2 * num_experts, width, size), 2, PART.value, BK.value),
         table.order, table.tiles, num_items,
         out, hidden, describe(pre, BM.value, PART.value) if saves_pre else out, pre,
-        N=width, K=size, A=num_active, IS_UP=True, SAVES_PRE=saves_pre, STAGES=num_stages, OUT_BUFFERS=1,
-        num_warps=NUM_WARPS,
+        N=width, K=size, A=num_active, IS_UP=True, SAVES_PRE=saves_pre, STAGES=num_stages,
+        OUT_BUFFERS=1, num_warps=NUM_WARPS,
     )  # fmt: skip
     return hidden, pre
 
@@ -180,10 +180,10 @@ def multiply_step(
         tl.debug_barrier()
         # Products read through another path than these copies wrote.
         fence_async_shared()
-    both = b._reinterpret(b.dtype, [STAGES, BN, BK], LAYOUT)
+    both = b.index(stage).reshape([BN, BK])
     parts = a._reinterpret(a.dtype, [STAGES * (BM // ROWS), ROWS, BK], LAYOUT)
     sums = warpgroup_mma(
-        parts.index(stage * (BM // ROWS)), both.index(stage).permute((1, 0)), acc, is_async=True
+        parts.index(stage * (BM // ROWS)), both.permute((1, 0)), acc, is_async=True
     )
     acc = warpgroup_mma_wait(1, deps=[sums])
     # All warps' products of the step before are done: its memory is free.

@@ -53,9 +53,7 @@ def multiply_up(
     num_experts, double, size = gate_up.shape
     width, num_pairs = double // 2, table.order.shape[0]
     if tile.is_persistent and HAS_GLUON and gluon_products.takes(x, width, 128, block_m, tile):
-        return gluon_products.multiply_up(
-            x, gate_up, table, num_active, tile.num_stages, saves_pre
-        )
+        return gluon_products.multiply_up(x, gate_up, table, num_active, tile.num_stages, saves_pre)
     hidden = x.new_empty(num_pairs, width)
     pre = x.new_empty(num_pairs if saves_pre else 0, double)
     use_tma = fits_descriptors(x.dtype, (width, tile.block_n), (size, tile.block_k))
