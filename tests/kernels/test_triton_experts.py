@@ -1,5 +1,7 @@
 """Grouped experts in Triton against the reference: outputs, all gradients, and odd routings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from tests.kernels.triton_env import DEVICE, HALF, IS_INTERPRETED, error, poison
 
 pytest.importorskip("triton")
 
-from qnext.kernels.experts import triton_config, triton_fwd, triton_sort
+from qnext.kernels.experts import triton_config, triton_fwd, triton_products, triton_sort
 from qnext.kernels.experts.triton_config import ExpertsConfig, Tile, WeightTile
 from qnext.kernels.experts.triton_fp8 import (
     experts_fp8_supports,
@@ -18,10 +20,14 @@ from qnext.kernels.experts.triton_fp8 import (
     quantize_rows,
 )
 from qnext.kernels.experts.triton_fwd import experts_shared_triton, experts_triton, supports
+from qnext.kernels.experts.triton_products import HAS_GLUON
 from qnext.kernels.experts.triton_sort import PairTable, max_tiles, sort_pairs
 
 # Tiny tiles of half precision, so that small shapes have several of everything.
 SMALL = ExpertsConfig(16, *(Tile(16, 16, 1, 2),) * 4, weight_grad=WeightTile(16, 32, 16, 1, 2))
+PERSISTENT = replace(
+    triton_config.HALF_CONFIGS[128], up=Tile(128, 64, 8, 4, True), down=Tile(256, 64, 8, 3, True)
+)
 HALF_LIMIT = 4e-3 if HALF == torch.float16 else 1e-2
 ROUTINGS = ("random", "one expert", "few experts", "crowded")
 
@@ -92,8 +98,7 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: spoil(new_empty(*a, **k)))
 
 
-@pytest.mark.parametrize("num_spans", [2, 128])
-@pytest.mark.parametrize("one_launch_pairs", [0, 4096])
+@pytest.mark.parametrize("one_launch_pairs, num_spans", [(0, 2), (0, 640), (4096, 640)])
 @pytest.mark.parametrize(
     "num_tokens, num_active, num_experts, block_m",
     [(1, 1, 1, 16), (1, 10, 512, 16), (7, 3, 5, 16), (300, 4, 33, 32), (300, 3, 3, 64)],
@@ -103,6 +108,8 @@ def test_pairs_are_grouped_by_expert_in_ascending_order(
 ):
     monkeypatch.setattr(triton_sort, "ONE_LAUNCH_PAIRS", one_launch_pairs)
     monkeypatch.setattr(triton_sort, "NUM_SPANS", num_spans)
+    monkeypatch.setattr(triton_sort, "BLOCK_PAIRS", 32)
+    monkeypatch.setattr(triton_sort, "SUMMED_SPANS", 16)
     ids = draw_ids(num_tokens, num_active, num_experts, "crowded").to(DEVICE)
     table = PairTable(*(t.cpu() for t in sort_pairs(ids, num_experts, block_m)))
     flat = ids.flatten().cpu()
@@ -120,6 +127,18 @@ def test_pairs_are_grouped_by_expert_in_ascending_order(
     reached = table.tiles[: max_tiles(flat.numel(), num_experts, block_m)].tolist()
     assert reached[: len(expected)] == expected
     assert all(first >= last for _, first, last in reached[len(expected) :])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 400, 1024, 32768])
+@pytest.mark.parametrize("routing", ["random", "crowded", "one expert"])
+def test_many_pairs_are_sorted_as_a_stable_sort_does(num_tokens, routing):
+    ids = draw_ids(num_tokens, 10, 512, routing).to(DEVICE)
+    table = sort_pairs(ids, 512, 128)
+    order = ids.flatten().argsort(stable=True).int()
+    assert torch.equal(table.order, order)
+    assert torch.equal(table.inverse[order.long()], torch.arange(order.numel(), device=DEVICE))
+    assert torch.equal(table.starts[1:], ids.flatten().bincount(minlength=512).cumsum(0))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -241,7 +260,7 @@ def test_supports_names_what_is_wrong():
 
 
 def test_a_configuration_survives_the_table_and_the_rule_holds_an_experts_rows_in_one_tile():
-    for config in triton_config.HALF_CONFIGS.values():
+    for config in (*triton_config.HALF_CONFIGS.values(), PERSISTENT):
         assert triton_config.from_data(triton_config.to_data(config)) == config
     sizes = [
         triton_config.default_config(tokens, 10, 512, True).block_m
@@ -269,6 +288,66 @@ def test_bfloat16_at_the_flagship_shape(num_tokens):
     assert torch.equal(out, again)
     for ours, other in zip(grads, torch.autograd.grad(again, inputs[:4], grad), strict=True):
         assert torch.equal(ours, other)
+
+
+@pytest.fixture
+def persistent_calls(monkeypatch):
+    """Names of the persistent products, as they are called."""
+    if not HAS_GLUON or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("persistent products are Hopper's")
+    calls = []
+    for name in ("multiply_up", "multiply_rows"):
+        product = getattr(triton_products.gluon_products, name)
+
+        def call(*args, name=name, product=product):
+            calls.append(name)
+            return product(*args)
+
+        monkeypatch.setattr(triton_products.gluon_products, name, call)
+    return calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_stages", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens, routing", [(1, "random"), *((777, r) for r in ROUTINGS)])
+def test_persistent_products_equal_the_reference(
+    num_tokens, routing, dtype, num_stages, poisoned_memory, persistent_calls, monkeypatch
+):
+    config = replace(
+        PERSISTENT,
+        up=replace(PERSISTENT.up, num_stages=num_stages),
+        down=replace(PERSISTENT.down, num_stages=num_stages),
+    )
+    monkeypatch.setattr(triton_fwd, "config_for", lambda *_: config)
+    inputs = draw(num_tokens, 512, 256, 24, 5, dtype, routing)
+    compare(inputs, 1e-2)
+    with torch.no_grad():  # gate and up are not saved
+        wide = [tensor.double() for tensor in inputs[:4]]
+        assert error(experts_triton(*inputs), experts_reference(*wide, inputs[4])) < 1e-2
+    assert persistent_calls == ["multiply_up", "multiply_rows"] * 2
+
+
+@pytest.mark.gpu
+def test_persistent_products_at_the_flagship_shape_equal_those_of_short_programs(
+    persistent_calls, monkeypatch
+):
+    inputs = [t.detach() for t in draw(4096, 2048, 512, 512, 10, torch.bfloat16, "crowded")]
+    plain = triton_config.HALF_CONFIGS[128]
+    monkeypatch.setattr(triton_fwd, "config_for", lambda *_: plain)
+    expected = experts_triton(*inputs)
+    monkeypatch.setattr(triton_fwd, "config_for", lambda *_: PERSISTENT)
+    ours = experts_triton(*inputs)
+    assert (ours.float() - expected.float()).norm() < 4e-3 * expected.float().norm()
+    for _ in range(5):
+        assert torch.equal(ours, experts_triton(*inputs))
+
+
+@pytest.mark.gpu
+def test_a_persistent_tile_of_other_sizes_runs_as_a_short_program(persistent_calls, monkeypatch):
+    monkeypatch.setattr(triton_fwd, "config_for", lambda *_: PERSISTENT)
+    compare(draw(300, 200, 72, 8, 2, torch.bfloat16), 1e-2)
+    assert not persistent_calls
 
 
 @pytest.mark.gpu

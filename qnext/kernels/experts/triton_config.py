@@ -15,12 +15,17 @@ TABLE_PATH = Path(__file__).with_name("tuned.json")
 
 @dataclass(frozen=True)
 class Tile:
-    """One grouped product's columns and depth per step, and how its program is compiled."""
+    """One grouped product's columns and depth per step, and how its program is compiled.
+
+    Attributes:
+        is_persistent: take the kernel of `gluon_products.py`, where it can run.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    is_persistent: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qnext.kernels.experts.triton_config import Tile
 from qnext.kernels.experts.triton_sort import PairTable, max_tiles
+from qnext.kernels.gpu_rows import IS_INTERPRETED
+
+# Gluon compiles for GPUs only, and its names were others in older releases.
+HAS_GLUON = not IS_INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+if HAS_GLUON:
+    from qnext.kernels.experts import gluon_products
 
 
 def precision_of(rows: torch.Tensor) -> str:
@@ -46,6 +52,8 @@ def multiply_up(
     """
     num_experts, double, size = gate_up.shape
     width, num_pairs = double // 2, table.order.shape[0]
+    if tile.is_persistent and HAS_GLUON and gluon_products.takes(x, width, 128, block_m, tile):
+        return gluon_products.multiply_up(x, gate_up, table, num_active, tile.num_stages, saves_pre)
     hidden = x.new_empty(num_pairs, width)
     pre = x.new_empty(num_pairs if saves_pre else 0, double)
     use_tma = fits_descriptors(x.dtype, (width, tile.block_n), (size, tile.block_k))
@@ -76,6 +84,9 @@ def multiply_rows(
     """
     num_pairs, depth = rows.shape
     num_columns = weight.shape[2] if is_transposed else weight.shape[1]
+    if tile.is_persistent and HAS_GLUON and not is_transposed:
+        if gluon_products.takes(rows, num_columns, 256, block_m, tile):
+            return gluon_products.multiply_rows(rows, weight, table, tile.num_stages)
     out = rows.new_empty(num_pairs, num_columns)
     use_tma = fits_descriptors(rows.dtype, (num_columns, tile.block_n), (depth, tile.block_k))
     block = (tile.block_k, tile.block_n) if is_transposed else (tile.block_n, tile.block_k)
