@@ -1,7 +1,9 @@
 """Qwen3-Next: the hybrid of DeltaNet and attention, with its Multi-Token Prediction head."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,12 @@ from qnext.model.layer import DecoderLayer
 from qnext.model.moe import RouterStats
 from qnext.model.mtp import MTPHead, unrolled_steps
 from qnext.model.norm import RMSNorm
+from qnext.model.quantized import (
+    ScaledMatrix,
+    refuse_conversion,
+    refuse_quantised,
+    scaled_matrices,
+)
 from qnext.model.rope import RotaryTable
 
 # Windows run with a whole number of vectors per tensor: an exponential that falls into the
@@ -75,6 +83,20 @@ class Qwen3Next(nn.Module):
             is_moe=config.is_moe_layer(layer_idx),
             mixer_idx=sum(same),
         )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; refused for 8-bit matrices, whose scales it has no place for."""
+        refuse_quantised(self, "take the state of")
+        return super().state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `float` go through: scales move along with their matrices."""
+        refuse_conversion(self, fn)
+        super()._apply(fn, recurse)
+        for _, parameter in scaled_matrices(self):
+            if isinstance(parameter, ScaledMatrix):
+                parameter.move_scales(fn)
+        return self
 
     @property
     def device(self) -> torch.device:
