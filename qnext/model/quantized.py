@@ -90,13 +90,28 @@ def refuse_quantised(model: nn.Module, purpose: str) -> None:
         )
 
 
-def refuse_conversion(model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Raise a ValueError where `fn` would give an e4m3 matrix another type, without its scales."""
-    for name, parameter in scaled_matrices(model):
-        if parameter.dtype == FP8:
-            found = fn(parameter.data[:0]).dtype
-            if found != FP8:
-                raise ValueError(f"{name} is fp8 with scales and cannot be converted to {found}")
+def apply_with_scales(
+    model: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], apply: Callable[[], object]
+) -> None:
+    """Run `apply`, which gives every tensor of a model to `fn`, so that scales come along.
+
+    Raises:
+        ValueError: `fn` would give an e4m3 matrix another type, without its scales.
+    """
+    before = [(name, p) for name, p in scaled_matrices(model) if isinstance(p, ScaledMatrix)]
+    for name, matrix in before:
+        found = fn(matrix.data[:0]).dtype
+        if matrix.dtype == FP8 and found != FP8:
+            raise ValueError(f"{name} is fp8 with scales and cannot be converted to {found}")
+    apply()
+    for name, matrix in before:
+        parent, _, own = name.rpartition(".")
+        module = model.get_submodule(parent)
+        moved = getattr(module, own)
+        if not isinstance(moved, ScaledMatrix):  # the meta device gets parameters anew
+            moved = _rebuild(moved.data, dict(matrix.__dict__))
+            setattr(module, own, moved)
+        moved.move_scales(fn)
 
 
 def require_runnable(model: nn.Module) -> None:
@@ -118,7 +133,9 @@ def fp8_names(model: nn.Module) -> list[str]:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] not in FP8_MATRICES:
             continue
-        rows = parameter.shape[-2] - num_tail_rows(model, name)
+        rows = parameter.shape[-2]
+        if parameter.dtype != FP8:
+            rows -= num_tail_rows(model, name)
         if rows % BLOCK or parameter.shape[-1] % BLOCK:
             raise ValueError(
                 f"{name} has {rows} rows and {parameter.shape[-1]} columns; fp8 weights need "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,12 +19,7 @@ from qnext.model.layer import DecoderLayer
 from qnext.model.moe import RouterStats
 from qnext.model.mtp import MTPHead, unrolled_steps
 from qnext.model.norm import RMSNorm
-from qnext.model.quantized import (
-    ScaledMatrix,
-    refuse_conversion,
-    refuse_quantised,
-    scaled_matrices,
-)
+from qnext.model.quantized import apply_with_scales, refuse_quantised
 from qnext.model.rope import RotaryTable
 
 # Windows run with a whole number of vectors per tensor: an exponential that falls into the
@@ -91,11 +87,7 @@ class Qwen3Next(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda` and `float` go through: scales move along with their matrices."""
-        refuse_conversion(self, fn)
-        super()._apply(fn, recurse)
-        for _, parameter in scaled_matrices(self):
-            if isinstance(parameter, ScaledMatrix):
-                parameter.move_scales(fn)
+        apply_with_scales(self, fn, partial(super()._apply, fn, recurse))
         return self
 
     @property

@@ -256,7 +256,6 @@ def row_linear_fwd(
     use_dot = num_rows > 1 if use_dot is None else use_dot
     if use_dot and norm_weight is not None:
         x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
-    assert out is None or residual is None, "a residual and an output of other rows"
     if use_library is None and out is None:
         use_library = num_rows > 1 and library_is_faster(weight, scale, tile)
     if use_dot and use_library:
