@@ -9,6 +9,7 @@ from torch import nn
 
 from qnext.config.model import ModelConfig
 from qnext.config.presets import preset
+from qnext.kernels.fp8_blocks import device_objection
 from qnext.model.gated_delta_net import GatedDeltaNet
 from qnext.model.init import A_FLOOR, A_MAX, DT_MAX, DT_MIN
 from qnext.model.norm import GatedRMSNorm, RMSNorm
@@ -63,6 +64,8 @@ def random_model(
     Args:
         is_fp8: hold the large matrices in fp8, each from the moment it is drawn.
     """
+    if is_fp8 and (objection := device_objection(device)) is not None:
+        raise ValueError(objection)
     model = Qwen3Next(config, has_mtp=has_mtp, dtype=dtype, device="meta")
     packed = frozenset(fp8_names(model)) if is_fp8 else frozenset()
     generator = torch.Generator(device).manual_seed(seed)

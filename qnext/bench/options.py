@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-SERVE_DTYPES = ("bfloat16", "fp8")
+SERVE_DTYPES = ("bfloat16", "fp8", "fp8-head")
 PARTS = ("kernels", "serve", "train")
 SERVE_CELLS = (
     "start",
@@ -41,7 +41,7 @@ class BenchOptions:
         ops: modules of benchmarks/ops to run; empty means all.
         cells: of the serving part; empty means all.
         layers: of the served model.
-        dtype: of its weights on a GPU, one of SERVE_DTYPES.
+        dtype: of its weights on a GPU, one of SERVE_DTYPES; "fp8-head" has the head in fp8 too.
         decode_tokens: n of a decode cell; None is 128, or 16 where is_small.
         max_drafts: verification steps of 1 to this many drafts.
         chunk_tokens: rows in which prompts are fed; None is the engine's own.
@@ -82,7 +82,7 @@ class BenchOptions:
             if part not in PARTS:
                 raise ValueError(f"part {part!r} does not exist; there are {', '.join(PARTS)}")
         if self.dtype not in SERVE_DTYPES:
-            raise ValueError(f"--dtype is {self.dtype}; want {' or '.join(SERVE_DTYPES)}")
+            raise ValueError(f"--dtype is {self.dtype}; want one of {', '.join(SERVE_DTYPES)}")
         counts = {
             "--repeats": self.repeats,
             "--layers": self.layers,

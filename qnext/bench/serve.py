@@ -27,6 +27,7 @@ from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
 from qnext.engine.sizing import PAGE_SIZE
 from qnext.model.accounting import count_parameters, kv_bytes_per_token
+from qnext.model.quantized import quantize_head
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import synchronize
 
@@ -171,8 +172,10 @@ class ServeRun:
             has_mtp=has_mtp,
             dtype=self.dtype,
             device=self.device,
-            is_fp8=self.options.dtype == "fp8",
+            is_fp8=self.options.dtype != "bfloat16",
         )
+        if self.options.dtype == "fp8-head":
+            quantize_head(model)
         model.requires_grad_(False).eval()
         synchronize(self.device)
         seconds = time.perf_counter() - begin

@@ -54,6 +54,13 @@ class ScaledMatrix(nn.Parameter):
         found: ScaledMatrix = memo[id(self)]
         return found
 
+    def requires_grad_(self, requires_grad: bool = True) -> "ScaledMatrix":
+        """As of any parameter, but that 8 bits hold no small change: it is never trained."""
+        if requires_grad:
+            raise ValueError("weights in 8 bits only run: train the model they came from")
+        super().requires_grad_(False)
+        return self
+
     def __reduce_ex__(self, proto: Any) -> Any:
         return _rebuild, (self.data, dict(self.__dict__))
 
@@ -136,13 +143,34 @@ def fp8_names(model: nn.Module) -> list[str]:
         rows = parameter.shape[-2]
         if parameter.dtype != FP8:
             rows -= num_tail_rows(model, name)
-        if rows % BLOCK or parameter.shape[-1] % BLOCK:
-            raise ValueError(
-                f"{name} has {rows} rows and {parameter.shape[-1]} columns; fp8 weights need "
-                f"multiples of {BLOCK}"
-            )
+        _require_blocks(name, rows, parameter.shape[-1])
         names.append(name)
     return names
+
+
+def quantize_head(model: nn.Module) -> None:
+    """Hold an output head that is no embedding in fp8 too, which published checkpoints do not.
+
+    At one sequence the head is a sixth of what a step of the 80B model reads, and each draft reads
+    it again; in return every logit carries the rounding.
+
+    Raises:
+        ValueError: there is no head of its own, or as for `quantize_model`.
+    """
+    head = getattr(model, "lm_head", None)
+    if head is None or head.dtype in DTYPES:
+        raise ValueError("there is no output head of its own in a wider type than 8 bits")
+    if (objection := fp8_blocks.device_objection(head.device)) is not None:
+        raise ValueError(objection)
+    _require_blocks("lm_head", *head.shape)
+    model.lm_head = quantized(head, 0)
+
+
+def _require_blocks(name: str, rows: int, columns: int) -> None:
+    if rows % BLOCK or columns % BLOCK:
+        raise ValueError(
+            f"{name} has {rows} rows and {columns} columns; fp8 weights need multiples of {BLOCK}"
+        )
 
 
 def num_tail_rows(model: nn.Module, name: str) -> int:

@@ -169,11 +169,13 @@ def logits_of(tensors: StepTensors, hidden: torch.Tensor) -> torch.Tensor:
             head,
             None,
             None,
-            None,
+            held_scale(head),
             eps=0.0,
             out_dtype=torch.float32,
             use_pdl=tensors.use_pdl,
         )
+    if head.dtype == EIGHT_BITS:
+        return linear_fp8_fwd(hidden, head, None, out_dtype=torch.float32)
     if hidden.dtype == torch.float32:
         return hidden @ head.t()
     return torch.mm(hidden, head.t(), out_dtype=torch.float32)
