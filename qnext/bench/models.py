@@ -5,12 +5,15 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from qnext.config.model import ModelConfig
 from qnext.config.presets import preset
+from qnext.kernels.fp8_blocks import device_objection
 from qnext.model.gated_delta_net import GatedDeltaNet
 from qnext.model.init import A_FLOOR, A_MAX, DT_MAX, DT_MIN
 from qnext.model.norm import GatedRMSNorm, RMSNorm
+from qnext.model.quantized import fp8_names, num_tail_rows, quantized
 from qnext.model.qwen3_next import Qwen3Next
 
 
@@ -50,18 +53,31 @@ def random_model(
     has_mtp: bool,
     dtype: torch.dtype,
     device: torch.device,
+    is_fp8: bool = False,
     seed: int = 0,
 ) -> Qwen3Next:
     """A model whose weights are drawn on its device, tensor by tensor: seconds for 20 billion.
 
     Distributions are those of `init_weights` but for the router's rows, whose norms are left as
     they fall; the numbers differ from its numbers and between kinds of device.
+
+    Args:
+        is_fp8: hold the large matrices in fp8, each from the moment it is drawn.
     """
-    model = Qwen3Next(config, has_mtp=has_mtp, dtype=dtype, device="meta").to_empty(device=device)
+    if is_fp8 and (objection := device_objection(device)) is not None:
+        raise ValueError(objection)
+    model = Qwen3Next(config, has_mtp=has_mtp, dtype=dtype, device="meta")
+    packed = frozenset(fp8_names(model)) if is_fp8 else frozenset()
     generator = torch.Generator(device).manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.normal_(0.0, config.initializer_range, generator=generator)
+    for name, empty in list(model.named_parameters()):
+        parent, _, own = name.rpartition(".")
+        drawn = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        if drawn.dim() >= 2:
+            drawn.normal_(0.0, config.initializer_range, generator=generator)
+        made = nn.Parameter(drawn)
+        if name in packed:
+            made = quantized(drawn, num_tail_rows(model, name))
+        setattr(model.get_submodule(parent), own, made)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.zero_()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+SERVE_DTYPES = ("bfloat16", "fp8", "fp8-head")
 PARTS = ("kernels", "serve", "train")
 SERVE_CELLS = (
     "start",
@@ -40,6 +41,7 @@ class BenchOptions:
         ops: modules of benchmarks/ops to run; empty means all.
         cells: of the serving part; empty means all.
         layers: of the served model.
+        dtype: of its weights on a GPU, one of SERVE_DTYPES; "fp8-head" has the head in fp8 too.
         decode_tokens: n of a decode cell; None is 128, or 16 where is_small.
         max_drafts: verification steps of 1 to this many drafts.
         chunk_tokens: rows in which prompts are fed; None is the engine's own.
@@ -63,6 +65,7 @@ class BenchOptions:
     ops: tuple[str, ...] = ()
     cells: tuple[str, ...] = ()
     layers: int = 12
+    dtype: str = "bfloat16"
     decode_tokens: int | None = None
     max_drafts: int = 4
     chunk_tokens: int | None = None
@@ -78,6 +81,8 @@ class BenchOptions:
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(f"part {part!r} does not exist; there are {', '.join(PARTS)}")
+        if self.dtype not in SERVE_DTYPES:
+            raise ValueError(f"--dtype is {self.dtype}; want one of {', '.join(SERVE_DTYPES)}")
         counts = {
             "--repeats": self.repeats,
             "--layers": self.layers,

@@ -27,6 +27,7 @@ from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
 from qnext.engine.sizing import PAGE_SIZE
 from qnext.model.accounting import count_parameters, kv_bytes_per_token
+from qnext.model.quantized import quantize_head
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import synchronize
 
@@ -166,7 +167,15 @@ class ServeRun:
         """All cells of our engine; its memory is free again afterwards."""
         begin = time.perf_counter()
         has_mtp = bool(steps)
-        model = random_model(self.config, has_mtp=has_mtp, dtype=self.dtype, device=self.device)
+        model = random_model(
+            self.config,
+            has_mtp=has_mtp,
+            dtype=self.dtype,
+            device=self.device,
+            is_fp8=self.options.dtype != "bfloat16",
+        )
+        if self.options.dtype == "fp8-head":
+            quantize_head(model)
         model.requires_grad_(False).eval()
         synchronize(self.device)
         seconds = time.perf_counter() - begin
@@ -257,7 +266,9 @@ class ServeRun:
             free_memory(self.device)
 
     def _anchor(self, name: str) -> Anchor:
-        is_same = not self.options.is_small and self.options.layers == ANCHORED_LAYERS
+        options = self.options
+        is_same = not options.is_small and options.layers == ANCHORED_LAYERS
+        is_same = is_same and options.dtype == "bfloat16"
         return NEXT_12L.get(name, Anchor()) if is_same else Anchor()
 
 
@@ -293,9 +304,13 @@ def run_serve(table: Table, options: BenchOptions, device: torch.device, seconds
     counts = count_parameters(config, has_mtp=False)
     table.title(
         f"serve: {config.num_hidden_layers} layers, {counts.total:,} random parameters without the "
-        "MTP head"
+        f"MTP head, {options.dtype}"
     )
-    table.facts |= {"num_layers": config.num_hidden_layers, "num_parameters": counts.total}
+    table.facts |= {
+        "num_layers": config.num_hidden_layers,
+        "num_parameters": counts.total,
+        "dtype": options.dtype,
+    }
     run = ServeRun(table, config, device, options, Budget(seconds, num_pieces))
     run.measure(plain, steps)
     free_memory(device)

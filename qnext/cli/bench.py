@@ -6,6 +6,7 @@ from pathlib import Path
 from qnext.bench.options import (
     PARTS,
     SERVE_CELLS,
+    SERVE_DTYPES,
     TRAIN_CELLS,
     BenchOptions,
 )
@@ -44,6 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         f"{' '.join(SERVE_CELLS)}",
     )
     serve("--layers", type=int, default=defaults.layers, help="of the model (12)")
+    serve("--dtype", choices=SERVE_DTYPES, default=defaults.dtype, help="of its weights (bfloat16)")
     serve("--tokens", type=int, help="decoded for each sequence of a decode cell (128)")
     serve("--max-drafts", type=int, default=defaults.max_drafts, help="of a steps cell (4)")
     serve("--chunk-tokens", type=int, help="rows in which prompts are fed; else the engine's own")
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         ops=tuple(args.ops),
         cells=tuple(args.cells),
         layers=args.layers,
+        dtype=args.dtype,
         decode_tokens=args.tokens,
         max_drafts=args.max_drafts,
         chunk_tokens=args.chunk_tokens,

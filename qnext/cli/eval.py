@@ -49,7 +49,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--batch-tokens", type=int, help="tokens of one forward pass")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument(
-        "--dtype", default="float32", help="float32, bfloat16, int8 or auto = as stored (float32)"
+        "--dtype",
+        default="float32",
+        help="float32, bfloat16, int8, fp8 or auto = as stored (float32)",
     )
     parser.add_argument("--tokenizer", help="tokenizer folder; the model's own if not given")
     parser.add_argument("--json", action="store_true", help="one JSON object per file")

@@ -43,7 +43,7 @@ def add_generation_options(parser: argparse.ArgumentParser, *, max_tokens: int) 
         "--dtype",
         type=_dtype,
         default="auto",
-        help="float32, bfloat16, float16, int8 or auto (default)",
+        help="float32, bfloat16, float16, int8 (CPU), fp8 (GPU) or auto (default)",
     )
     add("--device", type=_device, default="auto", help="cpu, cuda, cuda:N or auto (default)")
     add(
@@ -117,8 +117,9 @@ def open_model(args: argparse.Namespace) -> "LLM":
 
 def _dtype(text: str) -> str:
     """Read --dtype."""
-    if text.removeprefix("torch.") not in ("auto", "int8", *DTYPES):
-        raise argparse.ArgumentTypeError(f"dtype is {text!r}; want auto, int8, {', '.join(DTYPES)}")
+    if text.removeprefix("torch.") not in ("auto", "int8", "fp8", *DTYPES):
+        allowed = ", ".join(("auto", "int8", "fp8", *DTYPES))
+        raise argparse.ArgumentTypeError(f"dtype is {text!r}; want {allowed}")
     return text
 
 

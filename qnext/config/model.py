@@ -191,7 +191,7 @@ class ModelConfig:
     dtype: str | None = None
     """Name of the dtype most weights are stored in, one of DTYPES."""
     quant_method: str | None = None
-    """Method of a `quantization_config`; its sizes can be read, its weights not yet."""
+    """Method of a `quantization_config`; of "fp8" in blocks the weights can be read."""
 
     def __post_init__(self) -> None:
         if not self.layer_types:

@@ -28,6 +28,7 @@ from qnext.engine.sizing import (
 from qnext.engine.text import OutputText, TextSegment
 from qnext.io.hf_config import read_generation_config
 from qnext.io.hub import resolve_checkpoint
+from qnext.model.quantized import require_runnable
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import resolve_device, resolve_dtype, set_num_threads
 from qnext.runtime.log import get_logger
@@ -38,6 +39,9 @@ from qnext.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
+
+# Left to the loading of a checkpoint.
+UNRESOLVED_DTYPES = ("auto", "int8", torch.int8, "fp8", torch.float8_e4m3fn)
 
 _logger = get_logger(__name__)
 
@@ -61,8 +65,9 @@ class LLM:
     Args:
         model: "nano", a checkpoint folder, or a hub id.
         dtype: of the weights: "auto" is the stored type; else "float32", "bfloat16", "float16",
-            "float64", or on a CPU "int8", with a scale for each row of a matrix. A GPU computes in
-            it too; a CPU holds activations and sums in float32 at least (docs/numerics.md).
+            "float64", or on a CPU "int8", with a scale for each row of a matrix, or on a GPU "fp8",
+            with one for each block of 128 x 128. A GPU computes in it too, in bfloat16 beside fp8;
+            a CPU holds activations and sums in float32 at least (docs/numerics.md).
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:N".
         max_model_len: tokens of prompt and answer together; by default what the model was made
             for, or less if the cache could not hold that.
@@ -100,7 +105,7 @@ class LLM:
         set_num_threads(num_threads)
         target = resolve_device(device)
         folder = resolve_checkpoint(model)
-        wanted = dtype if dtype in ("auto", "int8", torch.int8) else resolve_dtype(dtype)
+        wanted = dtype if dtype in UNRESOLVED_DTYPES else resolve_dtype(dtype)
         opened = Qwen3Next.from_pretrained(folder, dtype=wanted, device=target)
         if target.type == "cpu":
             # Kernels round for themselves where a CPU multiplies 16-bit numbers faster.
@@ -166,6 +171,7 @@ class LLM:
         **sizes: Any,
     ) -> None:
         require_integer("seed", seed, 0, MAX_SEED)
+        require_runnable(model)
         self.model = model
         self.tokenizer = tokenizer
         self.generation_config = generation_config

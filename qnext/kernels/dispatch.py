@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,6 +28,7 @@ from qnext.kernels.delta_inputs.reference import delta_inputs_reference
 from qnext.kernels.experts import torch as experts_torch_module
 from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.experts_shared.reference import experts_shared_reference
+from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.gated_delta_rule import torch as delta_torch_module
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
@@ -215,6 +216,18 @@ def _triton_kernel(
     return Kernel("triton", function, supports, serves, _triton_objection, skipped_device="cpu")
 
 
+def _fp8_linear() -> Kernel:
+    """The product with e4m3 weights; other weights are sent on before anything is looked up."""
+    kernel = _triton_kernel("linear", "e4m3 weights on a GPU")
+
+    def supports(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **named: Any) -> str | None:
+        if weight.dtype != EIGHT_BITS:
+            return "the weight is not e4m3"
+        return kernel.supports(x, weight, *rest, **named)
+
+    return replace(kernel, supports=supports)
+
+
 _is_installed = cache(find_spec)
 
 
@@ -269,6 +282,7 @@ linear = Op(
     linear_reference,
     (
         _numba_kernel("linear", "fp32 rows on a CPU: windows, and prefill with bf16 weights"),
+        _fp8_linear(),
         *_torch_kernel(linear_torch_module, "linear"),
     ),
 )

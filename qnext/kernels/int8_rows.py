@@ -6,6 +6,8 @@ dimension of 1, fp32.
 
 import torch
 
+from qnext.kernels import fp8_blocks
+
 LARGEST = 127
 
 
@@ -30,7 +32,9 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def widened(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A matrix in a float dtype; one of int8 is multiplied by its rows' scales."""
+    """A matrix in a float dtype; one of int8 or e4m3 is multiplied by its scales."""
+    if weight.dtype == fp8_blocks.DTYPE:
+        return fp8_blocks.widened_blocks(weight, dtype)
     if weight.dtype != torch.int8:
         return weight.to(dtype)
     return weight.to(dtype) * scale_of(weight).to(dtype)

@@ -73,7 +73,7 @@ class GatedAttention(nn.Module):
     def _product_dtype(self) -> torch.dtype:
         """To which attention's factors may be rounded: as precise as the weights at least."""
         stored = self.qkv_proj.dtype
-        return torch.bfloat16 if stored == torch.int8 else stored
+        return torch.bfloat16 if stored.itemsize == 1 else stored
 
     def forward(
         self, x: torch.Tensor, rotation: Rotation, batch: ForwardBatch, cache: HybridCache | None

@@ -29,15 +29,26 @@ from qnext.io.names import (
 )
 from qnext.io.reader import DTYPE_CODES, CheckpointReader
 from qnext.io.writer import DEFAULT_MAX_SHARD_SIZE, write_checkpoint
-from qnext.kernels.int8_rows import quantize_rows, scale_of
+from qnext.kernels.fp8_blocks import device_objection, scale_shape
+from qnext.model.fill import SCALE_SUFFIX, file_rows, fill, parameter_rows
 from qnext.model.init import init_weights
-from qnext.model.logical import LogicalTensor, Part, map_tensors
+from qnext.model.logical import LogicalTensor, map_tensors
+from qnext.model.quantized import (
+    FP8,
+    ScaledMatrix,
+    empty_blocks,
+    fp8_names,
+    num_tail_rows,
+    refuse_quantised,
+)
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import resolve_device
 
 MAX_LISTED = 100
 _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _DTYPE_NAMES = {dtype: name for name, dtype in _TORCH_DTYPES.items()}
+_EIGHT_BITS = {"int8": torch.int8, torch.int8: torch.int8, "fp8": FP8, FP8: FP8}
+STORED_METHOD = "fp8"  # of a `quantization_config`, the one that is read
 
 
 @dataclass(eq=False)
@@ -74,8 +85,10 @@ def load_model(
         path_or_hub_id: a folder, the name of a shipped model, or `organisation/model`.
         dtype: "auto" keeps what is stored, so that saving writes the same bytes; otherwise all
             weights are converted. A_log and dt_bias are held in float32 at least. "int8" holds
-            the large matrices in int8 with a scale for each row, to run on a CPU; what is missing
-            with strict=False then stays undefined.
+            the large matrices in int8 with a scale for each row, to run on a CPU; "fp8" in e4m3
+            with a scale for each block of 128 x 128, to run on a GPU. What is missing with
+            strict=False then stays undefined. A checkpoint in fp8 is read as it is with "auto" and
+            "fp8", and times its scales with any other.
         device: where the weights go; "auto" is the first GPU, else the CPU.
         strict: refuse any missing, unexpected or misshapen tensor. False loads what fits, draws
             what is missing anew, drops an incomplete MTP head, and warns with the names.
@@ -86,22 +99,29 @@ def load_model(
     Raises:
         CheckpointError: tensors and configuration do not match.
         ValueError: no such checkpoint, a corrupt file, an unsupported dtype or device, or
-            quantised weights.
+            weights quantised by another method than fp8 in blocks.
     """
-    is_int8 = dtype in ("int8", torch.int8)
-    wanted = parse_dtype("auto" if is_int8 else dtype)
+    packed = _EIGHT_BITS.get(dtype)
+    wanted = parse_dtype("auto" if packed else dtype)
     device = resolve_device(device)
-    if is_int8 and device.type != "cpu":
+    if packed == torch.int8 and device.type != "cpu":
         raise ValueError(f"dtype is int8 and device {device}; int8 weights run on a CPU")
     if device.type == "meta":
         raise ValueError("device is 'meta', which holds no weights; want auto, cpu, cuda or cuda:N")
     folder = resolve_checkpoint(path_or_hub_id)
     config = read_model_config(folder)
-    if config.quant_method is not None:
+    if config.quant_method not in (None, STORED_METHOD):
         raise ValueError(
             f"{folder / 'config.json'}: quantization_config: method {config.quant_method!r} is not "
-            f"supported; weights in {', '.join(DTYPES)} are"
+            f"supported; weights in {', '.join(DTYPES)} and fp8 are"
         )
+    if config.quant_method == STORED_METHOD and dtype == "auto":
+        packed = FP8
+    if packed == FP8:
+        if (objection := device_objection(device)) is not None:
+            raise ValueError(f"{objection}; dtype may be {', '.join(DTYPES)}, or int8 on a CPU")
+        if device.type == "cuda":
+            wanted = torch.bfloat16  # of what is not in 8 bits, as published
     reader = CheckpointReader(folder)
     has_mtp = has_mtp_tensors(reader.entries)
     tensors, report = match_tensors(config, reader, has_mtp=has_mtp)
@@ -113,14 +133,16 @@ def load_model(
             tensors, report = match_tensors(config, reader, has_mtp=False)
         warnings.warn(f"skipped, since strict=False: {report}", UserWarning)
     stored = _stored_dtypes(reader, tensors)
-    model = Qwen3Next(config, has_mtp=has_mtp, device="meta")
+    model = Qwen3Next(replace(config, quant_method=None), has_mtp=has_mtp, device="meta")
     held = _held_dtypes(model, tensors, stored, wanted)
-    if is_int8:
-        held |= dict.fromkeys(model.matrix_names(), torch.int8)
+    if packed is not None:
+        names = fp8_names(model) if packed == FP8 else model.matrix_names()
+        held |= dict.fromkeys(names, packed)
     _materialise(model, held, device, is_partial=bool(report.missing or report.misshapen))
     copy_in(model, reader, tensors.values())
     reader.close()
-    model.stored_dtypes = stored if wanted is None else {}
+    is_as_stored = wanted is None and FP8 not in stored.values()
+    model.stored_dtypes = stored if is_as_stored else {}
     model.source_folder = folder
     return model
 
@@ -149,8 +171,7 @@ def save_model(
     Raises:
         ValueError: an unknown layout, dtype or size.
     """
-    if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
-        raise ValueError("the model holds int8 weights, which only run: save the one it came from")
+    refuse_quantised(model, "save")
     if layout not in LAYOUTS:
         raise ValueError(f"layout = {layout!r}: allowed are {', '.join(LAYOUTS)}")
     folder, wanted = Path(path).expanduser(), parse_dtype(dtype)
@@ -211,16 +232,32 @@ def match_tensors(
         for name, tensor in expected.items()
         if name in entries and entries[name].shape != tensor.shape
     }
+    scales: dict[str, tuple[int, ...]] = {}
+    if config.quant_method == STORED_METHOD:
+        scales = {
+            name + SCALE_SUFFIX: scale_shape(tensor.shape)
+            for name, tensor in expected.items()
+            if name in entries and reader.dtype(name) == FP8
+        }
+    misshapen |= {
+        name.removesuffix(SCALE_SUFFIX): f"{name}: {list(entries[name].shape)} found, "
+        f"{list(shape)} expected"
+        for name, shape in scales.items()
+        if name in entries and entries[name].shape != shape
+    }
+    known = expected.keys() | scales.keys()
     report = CheckpointError(
         reader.folder,
-        missing=tuple(name for name in expected if name not in entries),
-        unexpected=tuple(name for name in entries if name not in expected),
+        missing=tuple(name for name in (*expected, *scales) if name not in entries),
+        unexpected=tuple(name for name in entries if name not in known),
         misshapen=tuple(misshapen.values()),
     )
     fitting = {
         name: tensor
         for name, tensor in expected.items()
-        if name in entries and name not in misshapen
+        if name in entries
+        and name not in misshapen
+        and (name + SCALE_SUFFIX in entries or name + SCALE_SUFFIX not in scales)
     }
     return fitting, report
 
@@ -229,6 +266,9 @@ def match_tensors(
 def copy_in(model: Qwen3Next, reader: CheckpointReader, tensors: Iterable[LogicalTensor]) -> None:
     """Copies tensors from the mapped files into parameters, converting to the parameters' dtype.
 
+    What the files hold in fp8 is copied as it is where a parameter is fp8, and times its scales
+    elsewhere.
+
     Args:
         model: the parameters that the tensors' parts name are on a real device.
         reader: holds the tensors.
@@ -236,15 +276,10 @@ def copy_in(model: Qwen3Next, reader: CheckpointReader, tensors: Iterable[Logica
     """
     parameters = dict(model.named_parameters())
     for tensor in tensors:
-        source = reader.read(tensor.name)
-        for part in tensor.parts:
-            rows = _file_rows(source, part)
-            parameter = parameters[part.parameter]
-            if parameter.dtype == torch.int8:
-                rows, scale = quantize_rows(rows)
-                held = _parameter_rows(scale_of(parameter), part)
-                held.view(scale.shape).copy_(scale)
-            _parameter_rows(parameter, part).view(rows.shape).copy_(rows)
+        source, scale = reader.read(tensor.name), None
+        if source.dtype == FP8:
+            scale = reader.read(tensor.name + SCALE_SUFFIX)
+        fill(tensor, parameters, source, scale)
         del source
         reader.release(tensor.name)
 
@@ -262,8 +297,8 @@ def gather(
     """
     result = torch.empty(tensor.shape, dtype=dtype)
     for part in tensor.parts:
-        rows = _file_rows(result, part)
-        rows.copy_(_parameter_rows(parameters[part.parameter], part).view(rows.shape))
+        rows = file_rows(result, part)
+        rows.copy_(parameter_rows(parameters[part.parameter], part).view(rows.shape))
     return result
 
 
@@ -277,7 +312,7 @@ def parse_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
         return None
     found = dtype if isinstance(dtype, torch.dtype) else _TORCH_DTYPES.get(dtype)
     if found is None or found not in _DTYPE_NAMES:
-        allowed = f"auto, {', '.join(DTYPES)}, and int8 to run on a CPU"
+        allowed = f"auto, {', '.join(DTYPES)}, and to run int8 on a CPU, fp8 on a GPU"
         raise ValueError(f"dtype = {dtype!r}: allowed are {allowed}")
     return found
 
@@ -295,25 +330,13 @@ def _is_decay(parameter: str) -> bool:
     return parameter.endswith((".A_log", ".dt_bias"))
 
 
-def _file_rows(tensor: torch.Tensor, part: Part) -> torch.Tensor:
-    """The rows of a checkpoint's tensor that a part takes; a view."""
-    if part.num_groups == 1 and part.group_stop is None:
-        return tensor
-    grouped = tensor.view(part.num_groups, tensor.shape[0] // part.num_groups, *tensor.shape[1:])
-    return grouped[:, part.group_start : part.group_stop]
-
-
-def _parameter_rows(parameter: torch.Tensor, part: Part) -> torch.Tensor:
-    """The rows of a parameter that a part fills; a contiguous view."""
-    rows = parameter if part.expert_idx is None else parameter[part.expert_idx]
-    return rows[part.start : part.stop]
-
-
 def _stored_dtypes(
     reader: CheckpointReader, tensors: Mapping[str, LogicalTensor]
 ) -> dict[str, torch.dtype]:
     stored = {name: reader.dtype(name) for name in tensors}
     for name, dtype in stored.items():
+        if dtype == FP8 and name + SCALE_SUFFIX in reader.entries:
+            continue
         if dtype not in _DTYPE_NAMES:
             entry = reader.entries[name]
             raise ValueError(
@@ -329,9 +352,14 @@ def _held_dtypes(
     stored: Mapping[str, torch.dtype],
     wanted: torch.dtype | None,
 ) -> dict[str, torch.dtype]:
-    """The dtype of each parameter: what holds all that is stored in it, or the one wanted."""
+    """The dtype of each parameter: what holds all that is stored in it, or the one wanted.
+
+    What is stored in fp8 follows the others.
+    """
     held: dict[str, torch.dtype] = {}
     for name, tensor in tensors.items():
+        if wanted is None and stored[name] == FP8:
+            continue
         for part in tensor.parts:
             dtype = wanted or stored[name]
             held[part.parameter] = torch.promote_types(held.get(part.parameter, dtype), dtype)
@@ -349,16 +377,26 @@ def _materialise(
     is_partial: bool,
 ) -> None:
     """Gives every parameter memory; where some will not be filled, draws all of them first."""
+    usual = held["embed_tokens"]
+
+    def real_like(parameter: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.empty(parameter.shape, dtype=held[name], device=device)
+
     for name, parameter in list(model.named_parameters()):
         module_name, _, own_name = name.rpartition(".")
         module = model.get_submodule(module_name)
-        real = torch.empty(parameter.shape, dtype=held[name], device=device)
-        is_int8 = real.dtype == torch.int8
-        made = torch.nn.Parameter(real, requires_grad=not is_int8)
-        if is_int8:
-            made.row_scale = torch.ones(*real.shape[:-1], 1)  # type: ignore[attr-defined]
+        made: torch.nn.Parameter
+        if held[name] == FP8:
+            tail_rows = num_tail_rows(model, name)
+            made = empty_blocks(parameter.shape, tail_rows, usual, device)
+        elif held[name] == torch.int8:
+            packed = ScaledMatrix(real_like(parameter, name), requires_grad=False)
+            packed.row_scale = torch.ones(*parameter.shape[:-1], 1)
+            made = packed
+        else:
+            made = torch.nn.Parameter(real_like(parameter, name))
         setattr(module, own_name, made)
-    if is_partial and torch.int8 not in held.values():
+    if is_partial and not {torch.int8, FP8} & set(held.values()):
         init_weights(model, model.config, seed=0)
 
 

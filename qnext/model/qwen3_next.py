@@ -1,7 +1,10 @@
 """Qwen3-Next: the hybrid of DeltaNet and attention, with its Multi-Token Prediction head."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from qnext.model.layer import DecoderLayer
 from qnext.model.moe import RouterStats
 from qnext.model.mtp import MTPHead, unrolled_steps
 from qnext.model.norm import RMSNorm
+from qnext.model.quantized import apply_with_scales, refuse_quantised
 from qnext.model.rope import RotaryTable
 
 # Windows run with a whole number of vectors per tensor: an exponential that falls into the
@@ -75,6 +79,16 @@ class Qwen3Next(nn.Module):
             is_moe=config.is_moe_layer(layer_idx),
             mixer_idx=sum(same),
         )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; refused for 8-bit matrices, whose scales it has no place for."""
+        refuse_quantised(self, "take the state of")
+        return super().state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `float` go through: scales move along with their matrices."""
+        apply_with_scales(self, fn, partial(super()._apply, fn, recurse))
+        return self
 
     @property
     def device(self) -> torch.device:

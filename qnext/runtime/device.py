@@ -57,7 +57,7 @@ def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
         return name
     found = DTYPES.get(str(name).removeprefix("torch."))
     if found is None:
-        raise ValueError(f"dtype is {name!r}; want auto, int8 or one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {name!r}; want auto, int8, fp8 or one of {', '.join(DTYPES)}")
     return found
 
 

@@ -18,6 +18,7 @@ from qnext.config.train import LossConfig, RuntimeConfig
 from qnext.kernels import dispatch
 from qnext.model.batch import ForwardBatch
 from qnext.model.moe import RouterStats
+from qnext.model.quantized import refuse_quantised
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.train.optim import TrainOptimizer
 
@@ -148,6 +149,7 @@ class TrainStep:
         loss: LossConfig,
         runtime: RuntimeConfig,
     ) -> None:
+        refuse_quantised(model, "train")
         self.model = model
         self.optimizer = optimizer
         self.loss = loss

@@ -65,7 +65,7 @@ def test_the_prompt_may_come_from_standard_input(checkpoint, capsys, monkeypatch
         (["--top-p", "2"], "top_p is 2.0"),
         (["--max-tokens", "0"], "max_tokens is 0"),
         (["--model", "no-such-folder"], "no-such-folder"),
-        (["--dtype", "int7"], "dtype is 'int7'; want auto, int8, float32"),
+        (["--dtype", "int7"], "dtype is 'int7'; want auto, int8, fp8, float32"),
         (["--device", "gpu"], "device is 'gpu'; want auto, cpu"),
         (["--num-threads", "0"], "--num-threads: 0 is too small; want at least 1"),
         (["--num-threads", "two"], "--num-threads: invalid integer value: 'two'"),

@@ -444,6 +444,13 @@ def test_8_bit_weights_stay_near_their_reference(poisoned_memory):
     assert error(experts_fp8_triton(*inputs), experts_fp8_reference(*inputs)) < FP8_LIMIT
 
 
+@pytest.mark.parametrize("num_tokens, block_m", [(600, None), (70, 128)])
+def test_8_bit_weights_in_tall_tiles(num_tokens, block_m, poisoned_memory):
+    inputs = draw_fp8(num_tokens, 256, 128, 2, 1)
+    ours = experts_fp8_triton(*inputs, block_m=block_m)
+    assert error(ours, experts_fp8_reference(*inputs)) < FP8_LIMIT
+
+
 def test_8_bit_weights_in_whole_blocks_only():
     inputs = draw_fp8(2, 256, 128, 4, 2)
     assert "128" in experts_fp8_supports(inputs[0][:, :100], *inputs[1:])

@@ -20,6 +20,8 @@ from qnext.kernels.decode_step.triton_layers import (
     logits_of,
     run_step,
 )
+from qnext.kernels.fp8_blocks import BLOCK
+from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.gated_delta_step.inputs import StepMemory, StepRows
 from qnext.kernels.gated_delta_step.triton_fwd import gated_delta_step_fwd
 
@@ -71,7 +73,9 @@ def _objection(step: DecodeStep) -> str | None:
     if dtype not in DTYPES:
         return f"activations of {dtype}"
     for name, parameter in step.parameters.items():
-        if parameter.dim() >= 2 and parameter.dtype != dtype:
+        if parameter.dtype == EIGHT_BITS and any(size % BLOCK for size in parameter.shape[-2:]):
+            return f"{name} is e4m3 of {tuple(parameter.shape)}, not of blocks of {BLOCK}"
+        if parameter.dim() >= 2 and parameter.dtype not in (dtype, EIGHT_BITS):
             return f"{name} is {parameter.dtype}, activations are {dtype}"
         if parameter.dim() >= 2 and not parameter.is_contiguous():
             return f"{name} is not contiguous"

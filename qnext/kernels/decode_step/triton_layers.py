@@ -16,14 +16,18 @@ from qnext.kernels import dispatch
 from qnext.kernels.add_rms_norm.triton_fwd import add_rms_norm_fwd
 from qnext.kernels.decode_step.reference import DecodeStep
 from qnext.kernels.experts.triton_fwd import experts_shared_triton
+from qnext.kernels.experts_rows.reference import ExpertScales
 from qnext.kernels.experts_rows.triton_fwd import experts_rows_fwd
+from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
+from qnext.kernels.fp8_blocks import held_scale
 from qnext.kernels.gated_delta_step.inputs import StepMemory, StepRows, StepWeights
 from qnext.kernels.gated_delta_step.triton_fwd import gated_delta_step_fwd
+from qnext.kernels.linear.triton_fwd import linear_fp8_fwd
 from qnext.kernels.norm_router.triton_fwd import norm_router_fwd
 from qnext.kernels.paged_attention_window.reference import HeadWeights, Window
 from qnext.kernels.paged_attention_window.triton_fwd import paged_attention_window_fwd
 from qnext.kernels.rms_norm.triton_fwd import rms_norm_fwd
-from qnext.kernels.row_linear.triton_fwd import row_linear_fwd
+from qnext.kernels.row_linear.triton_fwd import row_linear_fwd, rows_with_tail_fwd
 from qnext.kernels.silu_mul.triton_fwd import silu_mul_fwd
 
 FEW_ROWS = 16  # up to which products read the weights once without tensor cores' tiles
@@ -108,7 +112,9 @@ def layer_weights(step: DecodeStep, rotation: tuple[torch.Tensor, torch.Tensor])
 
         def get(name: str, prefix: str = prefix) -> Any:
             parameter = step.parameters.get(prefix + name)
-            return None if parameter is None else parameter.detach()
+            if parameter is None or parameter.dtype == EIGHT_BITS:
+                return parameter  # a view would lose the scales
+            return parameter.detach()
 
         is_attention = get("mixer.qkv_proj") is not None
         heads = delta = None
@@ -163,11 +169,13 @@ def logits_of(tensors: StepTensors, hidden: torch.Tensor) -> torch.Tensor:
             head,
             None,
             None,
-            None,
+            held_scale(head),
             eps=0.0,
             out_dtype=torch.float32,
             use_pdl=tensors.use_pdl,
         )
+    if head.dtype == EIGHT_BITS:
+        return linear_fp8_fwd(hidden, head, None, out_dtype=torch.float32)
     if hidden.dtype == torch.float32:
         return hidden @ head.t()
     return torch.mm(hidden, head.t(), out_dtype=torch.float32)
@@ -199,11 +207,20 @@ def _project(
             weight,
             None,
             residual,
-            None,
+            held_scale(weight),
             eps=0.0,
             out_dtype=x.dtype,
             use_pdl=tensors.use_pdl,
         )
+    return _multiply(x, weight, residual)
+
+
+def _multiply(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T, plus the residual, of many rows."""
+    if weight.dtype == EIGHT_BITS:
+        return linear_fp8_fwd(x, weight, residual)
     return F.linear(x, weight) if residual is None else torch.addmm(residual, x, weight.t())
 
 
@@ -217,13 +234,13 @@ def _run_layer(
     """One decoder layer; returns the residual rows and what is still to be added to them."""
     eps = tensors.config.rms_norm_eps
     if x.shape[0] <= FEW_ROWS:
-        fused = row_linear_fwd(x, layer.in_proj, layer.norm, None, None, eps=eps, out_dtype=x.dtype)
+        fused = rows_with_tail_fwd(x, layer.in_proj, layer.norm, eps=eps)
     else:
         if added is None:
             normed = rms_norm_fwd(x, layer.norm, eps)
         else:
             normed, x = add_rms_norm_fwd(added, x, layer.norm, eps)
-        fused = F.linear(normed, layer.in_proj)
+        fused = _multiply(normed, layer.in_proj)
     x = _project(tensors, _mix(tensors, layer, rows, fused), layer.out_proj, x)
     if layer.router is None:
         normed = rms_norm_fwd(x, layer.mlp_norm, eps)
@@ -279,19 +296,25 @@ def _mixture(
             top_ids=ids,
             shared_logit=shared_logit,
             residual=x,
-            scales=None,
+            scales=_expert_scales(layer),
             use_pdl=tensors.use_pdl,
         )
         return summed, None
     shared = gate = None
     if config.shared_expert_intermediate_size and shared_logit is not None:
         assert layer.shared_gate_up is not None and layer.shared_down is not None
-        hidden = silu_mul_fwd(F.linear(normed, layer.shared_gate_up))
-        shared, gate = F.linear(hidden, layer.shared_down), shared_logit[:, None].to(x.dtype)
+        hidden = silu_mul_fwd(_multiply(normed, layer.shared_gate_up))
+        shared, gate = _multiply(hidden, layer.shared_down), shared_logit[:, None].to(x.dtype)
     added = experts_shared_triton(
         normed, layer.gate_up, layer.down, weights, ids.long(), shared, gate
     )
     return x, added
+
+
+def _expert_scales(layer: LayerWeights) -> ExpertScales | None:
+    weights = (layer.gate_up, layer.down, layer.shared_gate_up, layer.shared_down)
+    gate_up, down, *shared = (None if w is None else held_scale(w) for w in weights)
+    return None if gate_up is None or down is None else ExpertScales(gate_up, down, *shared)
 
 
 def _route(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.int8_rows import widened
 from qnext.kernels.linear.torch import aligned_rows, empty_rows
 
@@ -21,6 +22,8 @@ def supports(
     row_stable: bool = False,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
+    if gate_up.dtype == EIGHT_BITS:
+        return "grouped_mm takes no e4m3 weights"
     if row_stable:
         return "row by row it has no gradient" if x.requires_grad else None
     if x.dtype == torch.float64:

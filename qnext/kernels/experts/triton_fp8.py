@@ -6,15 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
-from qnext.kernels.experts.triton_config import Tile, default_config
+from qnext.kernels.experts.triton_config import MANY_ROWS, Tile, default_config
 from qnext.kernels.experts.triton_products import combine, describe
 from qnext.kernels.experts.triton_sort import PairTable, max_tiles, sort_pairs
-from qnext.kernels.fp8_blocks import BLOCK, DTYPE, LARGEST
+from qnext.kernels.fp8_blocks import BLOCK, DTYPE, LARGEST, block_scale_of, device_objection
 
 # A group of zeros gets this scale, so that nothing is divided by zero.
 SMALLEST_SCALE = 1e-12
 # A block of weights is one step and one block of columns, so that it has one scale.
-_TILES = {16: Tile(128, 128, 4, 4), 32: Tile(128, 128, 4, 4), 64: Tile(128, 128, 8, 4)}
+_TILES = {
+    16: Tile(128, 128, 4, 4),
+    32: Tile(128, 128, 4, 4),
+    64: Tile(128, 128, 8, 4),
+    128: Tile(128, 128, 8, 3),
+}
 
 
 def experts_fp8_supports(
@@ -27,10 +32,8 @@ def experts_fp8_supports(
     top_ids: torch.Tensor,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"rows are on {x.device}, and Triton runs on a GPU"
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 9):
-        return "8-bit floats need compute capability 8.9"
+    if (objection := device_objection(x.device)) is not None:
+        return objection
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"rows are fp32, fp16 or bf16 here, not {x.dtype}"
     if gate_up.dtype != DTYPE or down.dtype != DTYPE:
@@ -54,16 +57,23 @@ def experts_fp8_triton(
     down_scale: torch.Tensor,
     top_weights: torch.Tensor,
     top_ids: torch.Tensor,
+    shared: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
+    block_m: int | None = None,
 ) -> torch.Tensor:
     """As `experts_fp8_reference`, with x and the hidden rows rounded to 8 bits by groups of 128.
 
     Products of 128 numbers are summed by the tensor cores, and these sums, scaled, in fp32.
+
+    Args:
+        shared, shared_gate: as for `experts_shared_reference`, added in the last pass.
+        block_m: another height of tiles than the one chosen by shape.
     """
     num_tokens, num_active = top_ids.shape
     num_experts, size, width = down.shape
     if num_tokens == 0:
         return torch.empty_like(x)
-    block_m = min(64, default_config(num_tokens, num_active, num_experts, True).block_m)
+    block_m = block_m or _block_m(num_tokens, num_active, num_experts)
     table = sort_pairs(top_ids.contiguous(), num_experts, block_m)
     rows, row_scale = quantize_rows(x.contiguous())
     hidden = torch.empty(num_tokens * num_active, width, dtype=DTYPE, device=x.device)
@@ -73,7 +83,47 @@ def experts_fp8_triton(
     down_product = (hidden, hidden_scale, down, down_scale, slots, hidden_scale)
     _multiply(up, table, num_active, block_m, is_up=True)
     _multiply(down_product, table, num_active, block_m, is_up=False)
-    return combine(slots, table.inverse, num_active, top_weights.contiguous())
+    if shared is not None and shared_gate is not None:
+        shared, shared_gate = shared.contiguous(), shared_gate.contiguous()
+    top_weights = top_weights.contiguous()
+    return combine(slots, table.inverse, num_active, top_weights, shared, shared_gate)
+
+
+def _block_m(num_tokens: int, num_active: int, num_experts: int) -> int:
+    """Rows of a tile: 128 where experts have hundreds, since tiles of 64 ask more of the L2 cache.
+
+    At 32,768 tokens of the flagship they would read 13 GB from it for gate and up, tall ones 8.
+    """
+    if num_tokens * num_active >= MANY_ROWS * num_experts:
+        return 128
+    return min(64, default_config(num_tokens, num_active, num_experts, True).block_m)
+
+
+def held_supports(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_weights: torch.Tensor,
+    top_ids: torch.Tensor,
+) -> str | None:
+    """As `experts_fp8_supports`, for weights that carry their scales."""
+    scales = block_scale_of(gate_up), block_scale_of(down)
+    return experts_fp8_supports(x, gate_up, scales[0], down, scales[1], top_weights, top_ids)
+
+
+def experts_fp8_held(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    top_weights: torch.Tensor,
+    top_ids: torch.Tensor,
+    shared: torch.Tensor | None,
+    shared_gate: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `experts_fp8_triton`, for weights that carry their scales."""
+    scales = block_scale_of(gate_up), block_scale_of(down)
+    given = (x, gate_up, scales[0], down, scales[1], top_weights, top_ids)
+    return experts_fp8_triton(*given, shared, shared_gate)
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,8 +7,10 @@ import triton
 
 from qnext.kernels.experts.triton_bwd import experts_bwd
 from qnext.kernels.experts.triton_config import config_for
+from qnext.kernels.experts.triton_fp8 import experts_fp8_held, held_supports
 from qnext.kernels.experts.triton_products import combine, multiply_rows, multiply_up
 from qnext.kernels.experts.triton_sort import PairTable, sort_pairs, tile_room
+from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,6 +24,8 @@ def supports(
     row_stable: bool = False,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
+    if gate_up.dtype == EIGHT_BITS:
+        return held_supports(x, gate_up, down, top_weights, top_ids)
     if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"rows are on {x.device}, and Triton runs on a GPU"
     if x.dtype not in DTYPES:
@@ -70,6 +74,8 @@ def experts_shared_triton(
     """
     if (shared is None) != (shared_gate is None):
         raise ValueError("shared and shared_gate come together, and one of them is None")
+    if gate_up.dtype == EIGHT_BITS:
+        return experts_fp8_held(x, gate_up, down, top_weights, top_ids, shared, shared_gate)
     inputs = (x, gate_up, down, top_weights, shared, shared_gate)
     saves_pre = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     out: torch.Tensor = torch.ops.qnext.experts_grouped(

@@ -30,7 +30,7 @@ def linear_cross_entropy_torch(
     z_weight: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `linear_cross_entropy_reference`; the gradients are made along with the loss."""
-    if weight.dtype == torch.int8:
+    if weight.dtype.itemsize == 1:
         weight = widened(weight, hidden.dtype)
     total, loss = _LinearCrossEntropy.apply(hidden, weight, targets, z_weight)
     return total, loss, (targets != IGNORED).sum()

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.int8_rows import widened
 
 IGNORED = -100
@@ -216,8 +217,8 @@ def supports(
         return f"rows on {hidden.device}, not on a GPU"
     if hidden.dtype not in FLOAT_DTYPES:
         return f"rows of {hidden.dtype}, not fp16, bf16 or fp32"
-    if weight.dtype not in (*FLOAT_DTYPES, torch.int8):
-        return f"a head of {weight.dtype}, not fp16, bf16, fp32 or int8"
+    if weight.dtype not in (*FLOAT_DTYPES, torch.int8, EIGHT_BITS):
+        return f"a head of {weight.dtype}, not fp16, bf16, fp32, int8 or e4m3"
     if hidden.shape[0] == 0:
         return "there are no rows"
     return None
@@ -233,7 +234,7 @@ def linear_cross_entropy_triton(
 
     Memory beside the results: the logits of a chunk, and the weight's gradient in fp32.
     """
-    if weight.dtype == torch.int8:
+    if weight.dtype.itemsize == 1:
         weight = widened(weight, hidden.dtype)
     if not torch.is_grad_enabled():
         # Autograd asks for gradients of whatever requires them, even where none can be used.

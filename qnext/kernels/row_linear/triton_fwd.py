@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from qnext.kernels.fp8_blocks import BLOCK
+from qnext.kernels.fp8_blocks import BLOCK, held_scale, tail_of
 from qnext.kernels.gpu_decode import (
     NUM_SMS,
     block_scales,
@@ -168,7 +168,7 @@ def prefetch_rows(p_row: tl.tensor, N: tl.constexpr) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["T", "O"])
+@triton.jit(do_not_specialize=["T", "O", "YS"])
 def row_linear_dot_kernel(
     p_x: tl.tensor,
     p_w: tl.tensor,
@@ -177,6 +177,7 @@ def row_linear_dot_kernel(
     p_y: tl.tensor,
     T: tl.tensor,
     O: tl.tensor,
+    YS: tl.tensor,
     C: tl.constexpr,
     BT: tl.constexpr,
     BO: tl.constexpr,
@@ -188,7 +189,7 @@ def row_linear_dot_kernel(
     PREFETCH: tl.constexpr,
     WAITS: tl.constexpr,
 ) -> None:
-    """BO outputs of BT rows; the weight is the left operand, whose side is the wide one."""
+    """BO outputs of BT rows, into rows of YS; the weight is at left, where the wide side is."""
     i_o, i_t = tl.program_id(0), tl.program_id(1)
     o_o = i_o * BO + tl.arange(0, BO)
     # Rows past the end read the last one and are never written: no mask on the streams.
@@ -203,7 +204,7 @@ def row_linear_dot_kernel(
     if WAITS:
         prefetch_rows(p_w + tl.minimum(o_o, O - 1).to(tl.int64) * C, PREFETCH)
     wait_for_previous(WAITS)
-    o_y = o_t.to(tl.int64)[None, :] * O + o_o[:, None]
+    o_y = o_t.to(tl.int64)[None, :] * YS + o_o[:, None]
     m_y = m_o[:, None] & m_t[None, :]
     b_acc = tl.zeros([BO, BT], tl.float32)
     if HAS_RESIDUAL:
@@ -238,6 +239,7 @@ def row_linear_fwd(
     use_library: bool | None = None,
     use_pdl: bool = False,
     tile: RowTile | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernels for the number of rows; arguments as in `row_linear_reference`.
 
@@ -247,17 +249,20 @@ def row_linear_fwd(
         use_library: PyTorch's product instead of the dots; None for `library_is_faster`.
         use_pdl: see `overlap_options`.
         tile: another cut than the one chosen by shape.
+        out: columns of a wider matrix, which receive the product; without residual. [T, O]
     """
     num_rows, num_columns = x.shape
     num_outputs = weight.shape[0]
     use_dot = num_rows > 1 if use_dot is None else use_dot
     if use_dot and norm_weight is not None:
         x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
-    if use_library is None:
+    if use_library is None and out is None:
         use_library = num_rows > 1 and library_is_faster(weight, scale, tile)
     if use_dot and use_library:
         return multiply_by_library(x, weight, residual, out_dtype)
-    y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
+    y = out
+    if y is None:
+        y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
     choose = dot_tile if use_dot else gemv_tile
     tile = tile or choose(num_outputs, num_columns, weight.element_size())
     num_blocks = triton.cdiv(num_outputs, tile.BO)
@@ -294,6 +299,7 @@ def row_linear_fwd(
         y,
         num_rows,
         num_outputs,
+        y.stride(0),
         BT=DOT_ROWS,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         PREFETCH=8 if num_columns * weight.element_size() >= 1024 else 1,
@@ -320,6 +326,32 @@ def norm_rows(
         **overlap_options(use_pdl),
     )
     return normed
+
+
+def rows_with_tail_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    *,
+    eps: float,
+    use_pdl: bool = False,
+) -> torch.Tensor:
+    """norm(x) W^T of up to 16 rows, where an e4m3 weight's tail gives the last outputs. [T, O + R]
+
+    Args:
+        weight: in the dtype of x, or e4m3 with its `block_scale` and, where it has one, its `tail`.
+    """
+    scale, tail = held_scale(weight), tail_of(weight)
+    how: dict[str, Any] = {"eps": eps, "out_dtype": x.dtype, "use_pdl": use_pdl}
+    if tail is None:
+        return row_linear_fwd(x, weight, norm_weight, None, scale, **how)
+    if x.shape[0] > 1 and norm_weight is not None:
+        x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
+    num_outputs = weight.shape[0]
+    y = torch.empty(x.shape[0], num_outputs + tail.shape[0], dtype=x.dtype, device=x.device)
+    row_linear_fwd(x, weight, norm_weight, None, scale, **how, out=y[:, :num_outputs])
+    row_linear_fwd(x, tail, norm_weight, None, None, **how, out=y[:, num_outputs:])
+    return y
 
 
 def library_is_faster(
