@@ -1,10 +1,12 @@
 """The cache of the hybrid: pages for attention, state slots for DeltaNet."""
 
+import numpy as np
 import torch
 
 from qnext.cache.kv_pool import KVPool
 from qnext.cache.state_pool import StatePool
 from qnext.config.model import ModelConfig
+from qnext.runtime.device import upload
 
 
 class HybridCache:
@@ -57,7 +59,8 @@ class HybridCache:
     def reset_state(self, state_slots: list[int]) -> None:
         """Prepare slots for new sequences."""
         device = self.state_pool.recurrent_state.device
-        self.state_pool.reset(torch.tensor(state_slots, device=device))
+        (slots,) = upload([np.array(state_slots, np.int64)], device)
+        self.state_pool.reset(slots)
 
     def commit(self, state_slots: tuple[int, ...], num_accepted: tuple[int, ...]) -> None:
         """Advance DeltaNet states by the accepted rows of the last window of each sequence.

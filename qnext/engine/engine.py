@@ -33,6 +33,7 @@ class EngineOptions:
     num_pages: int
     page_size: int
     prefill_chunk_tokens: int
+    max_prefill_seqs: int  # prompts read in one pass; with 1 a prompt's bits depend on it alone
     max_drafts: int  # 0 never drafts
     is_auto: bool  # the number of drafts is chosen while running, up to max_drafts
 
@@ -55,6 +56,7 @@ class Engine:
                 page_size=options.page_size,
                 prefill_chunk_tokens=options.prefill_chunk_tokens,
                 max_drafts=options.max_drafts,
+                max_prefill_seqs=options.max_prefill_seqs,
             )
         )
         cache = HybridCache(
@@ -71,6 +73,7 @@ class Engine:
             model,
             cache,
             chunk_tokens=options.prefill_chunk_tokens,
+            max_prefill_seqs=options.max_prefill_seqs,
             max_positions=options.max_model_len + options.max_drafts + 1,
             keeps_hidden=options.max_drafts > 0,
         )
@@ -106,7 +109,7 @@ class Engine:
         self.scheduler.release(requests)
 
     def step(self) -> list[Request]:
-        """Run one prompt chunk, or one window of every running sequence.
+        """Run some tokens of prompts, or one window of every running sequence.
 
         Returns:
             The requests that got tokens, some of them finished.
@@ -117,7 +120,7 @@ class Engine:
         start = time.perf_counter()
         if isinstance(step, PrefillStep):
             changed = self._prefill(step)
-            self.metrics.num_prefill_tokens += step.end - step.start
+            self.metrics.num_prefill_tokens += step.num_tokens
             self.metrics.prefill_seconds += time.perf_counter() - start
         else:
             changed = self._decode(step)
@@ -131,15 +134,13 @@ class Engine:
         return changed
 
     def _prefill(self, step: PrefillStep) -> list[Request]:
-        request = step.request
-        if step.start == 0:
-            self.runner.start(request)
-        is_drafting = self.speculation.is_drafting
-        rows = self.runner.prefill(request, step.end, is_drafting=is_drafting)
+        self.runner.start([part.request for part in step.parts if part.start == 0])
+        begun, rows = self.runner.prefill(step.parts, is_drafting=self.speculation.is_drafting)
         if rows is None:
             return []
-        self._append(request, verify_window(request, Drafts(), rows, 0), rows, 0)
-        return [request]
+        for row_idx, request in enumerate(begun):
+            self._append(request, verify_window(request, Drafts(), rows, row_idx), rows, row_idx)
+        return begun
 
     def _decode(self, step: DecodeStep) -> list[Request]:
         requests = step.requests

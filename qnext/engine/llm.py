@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qnext.config.generation import GenerationConfig
@@ -387,8 +388,7 @@ def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -
     if not ids:
         raise ValueError(f"{name} is empty; want at least one token")
     # A long prompt is looked at as a whole; what is wrong with a bad one is told token by token.
-    is_good = all(type(i) is int for i in ids) and min(ids) >= 0 and max(ids) < vocab_size
-    for idx, token_id in enumerate(() if is_good else ids):
+    for idx, token_id in enumerate(() if _are_ids(ids, vocab_size) else ids):
         is_integer = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not is_integer or not 0 <= token_id < vocab_size:
             raise ValueError(
@@ -399,6 +399,17 @@ def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -
             f"{name} has {len(ids):,} tokens; max_model_len is {max_model_len:,}, which must hold "
             "the prompt and at least one token more"
         )
+
+
+def _are_ids(values: list[Any], vocab_size: int) -> bool:
+    """Whether all are plain integers from 0 to vocab_size - 1, without a loop in Python."""
+    if set(map(type, values)) != {int}:
+        return False
+    try:
+        ids = np.fromiter(values, np.int64, len(values))
+    except OverflowError:
+        return False
+    return bool(ids.min() >= 0 and ids.max() < vocab_size)
 
 
 def _open_tokenizer(folder: Path) -> Tokenizer | None:

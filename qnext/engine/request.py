@@ -4,8 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qnext.engine.metrics import RequestMetrics
 from qnext.engine.text import OutputText
@@ -208,9 +212,18 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)  # prompt and answer
-        self.prompt_id_set = frozenset(self.prompt_token_ids)
         self.output_counts: dict[int, int] = {}
         self.metrics.num_prompt_tokens = len(self.prompt_token_ids)
+
+    @cached_property
+    def prompt_id_set(self) -> frozenset[int]:
+        """The tokens of the prompt, each once."""
+        return frozenset(self.prompt_token_ids)
+
+    @cached_property
+    def prompt_array(self) -> NDArray[np.int64]:
+        """The prompt as an array, of which chunks are slices. [num_prompt_tokens]"""
+        return np.fromiter(self.prompt_token_ids, np.int64, len(self.prompt_token_ids))
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -17,6 +17,7 @@ from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
 from qnext.engine.sampler import LogitsRow
+from qnext.engine.scheduler import PromptPart
 from qnext.engine.speculative import Drafts, choose_token
 from qnext.kernels.decode_step.reference import NOT_NUMBERS, RoundsOutput, best_ids
 from qnext.model.batch import ForwardBatch
@@ -72,7 +73,7 @@ class _PendingRows:
 
     def take(self, num_rows: int) -> Tensor:
         """Remove and return the first rows. [num_rows, C]"""
-        joined = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        joined = _joined(self.parts)
         self.start += num_rows
         self.num_rows -= num_rows
         self.parts = [joined[num_rows:]] if self.num_rows else []
@@ -84,7 +85,8 @@ class ModelRunner:
 
     Args:
         cache: made for this model, with the scheduler's number of pages and slots.
-        chunk_tokens: rows a prompt is fed in.
+        chunk_tokens: prompt rows of a pass at most.
+        max_prefill_seqs: prompts of a pass at most.
         max_positions: tokens of the longest sequence, drafts included.
         keeps_hidden: whether drafts may be asked for.
     """
@@ -95,6 +97,7 @@ class ModelRunner:
         cache: HybridCache,
         *,
         chunk_tokens: int,
+        max_prefill_seqs: int,
         max_positions: int,
         keeps_hidden: bool,
     ) -> None:
@@ -106,6 +109,7 @@ class ModelRunner:
         self._fused = FusedSteps(model, cache, max_positions) if has_fused else None
         self.max_window = cache.state_pool.max_window
         self.chunk_tokens = chunk_tokens
+        self.max_prefill_seqs = max_prefill_seqs
         self.keeps_hidden = keeps_hidden
         self.deferred_seconds = 0.0  # time spent on hidden rows put off from earlier steps
         self._pending: dict[str, _PendingRows] = {}
@@ -115,40 +119,53 @@ class ModelRunner:
         if self._fused is not None:
             self._fused.read_weights()
 
-    def start(self, request: Request) -> None:
-        """Clear the state of a sequence that begins, or begins again."""
-        slot = state_slot(request)
-        self.cache.reset_state([slot])
-        if self._fused is not None:
-            self._fused.start(slot)
-        self._pending[request.request_id] = _PendingRows()
+    def start(self, requests: Sequence[Request]) -> None:
+        """Clear the states of sequences that begin, or begin again."""
+        if not requests:
+            return
+        slots = [state_slot(request) for request in requests]
+        self.cache.reset_state(slots)
+        for slot, request in zip(slots, requests, strict=True):
+            if self._fused is not None:
+                self._fused.start(slot)
+            self._pending[request.request_id] = _PendingRows()
 
     def release(self, request: Request) -> None:
         """Forget a sequence."""
         self._pending.pop(request.request_id, None)
 
     @torch.inference_mode()
-    def prefill(self, request: Request, end: int, *, is_drafting: bool) -> TensorRows | None:
-        """Feed the prompt's tokens up to `end`.
+    def prefill(
+        self, parts: Sequence[PromptPart], *, is_drafting: bool
+    ) -> tuple[list[Request], TensorRows | None]:
+        """Feed parts of prompts in one pass.
 
         Args:
+            parts: each goes on where its sequence's cache ends.
             is_drafting: work off hidden rows now, so that few are held.
 
         Returns:
-            Logits after the last prompt token; None before it or when the answer has begun.
+            Requests whose prompt ends here and whose answer has not begun; logits after the last
+            token of each, None if there are none.
         """
-        start = request.num_computed
-        rows = SequenceRows(request, request.prompt_token_ids[start:end], start)
-        hidden = self.model(self._batch([rows], is_window=False), self.cache)  # [T, C]
-        request.num_computed = end
-        is_last = end == request.num_prompt_tokens
+        rows = [
+            SequenceRows(p.request, p.request.prompt_array[p.start : p.end], p.start) for p in parts
+        ]
+        hidden = self.model(self._batch(rows, is_window=False), self.cache)  # [T, C]
+        each = hidden.split([part.end - part.start for part in parts])
+        begun, last_rows = [], []
+        for part, own in zip(parts, each, strict=True):
+            part.request.num_computed = part.end
+            if not part.request.is_prefilling and not part.request.output_token_ids:
+                begun.append(part.request)
+                last_rows.append(own[-1:])
         if self.keeps_hidden:
-            self._keep(request, hidden)
-            if is_drafting and not is_last:
-                self._catch_up(request, leave=0)
-        if not is_last or request.output_token_ids:
-            return None
-        return self._logits(hidden[-1:])
+            # A sequence's rows alone are kept: a slice would hold on to those of all the others.
+            kept = each if len(parts) == 1 else [own.clone() for own in each]
+            self._keep([part.request for part in parts], kept)
+            if is_drafting:
+                self._catch_up([p.request for p in parts if p.request.is_prefilling], leave=0)
+        return begun, self._logits(_joined(last_rows)) if begun else None
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[Request], num_drafts: Sequence[int]) -> list[Drafts]:
@@ -212,7 +229,7 @@ class ModelRunner:
         for window, kept in zip(windows, num_rows, strict=True):
             window.request.num_computed += kept
             if self.keeps_hidden:
-                self._keep(window.request, hidden[first_row : first_row + kept])
+                self._keep([window.request], [hidden[first_row : first_row + kept]])
             first_row += len(window.token_ids)
 
     @torch.inference_mode()
@@ -265,9 +282,9 @@ class ModelRunner:
                 continue
             if num_drafts:
                 self._pending[request.request_id].start = start + sum(counts[:-1])
-                self._keep(request, out.hidden[n, : counts[-1]])
+                self._keep([request], [out.hidden[n, : counts[-1]]])
             else:
-                self._keep(request, out.hidden[:, n])
+                self._keep([request], [out.hidden[:, n]])
 
     def settle(self) -> None:
         """Take accepted rows into the cache's states now, which windows may put off."""
@@ -298,11 +315,16 @@ class ModelRunner:
         hidden = self.model.mtp_step(batch.token_ids, hidden, batch, self.cache)[last_rows]
         return hidden, self._logits(hidden)
 
-    def _keep(self, request: Request, hidden: Tensor) -> None:
-        pending = self._pending[request.request_id]
-        pending.add(hidden)
-        if pending.num_rows > MAX_PENDING_ROWS:
-            self._catch_up(request, leave=1)  # the token after the last row is not known yet
+    def _keep(self, requests: Sequence[Request], hidden: Sequence[Tensor]) -> None:
+        """Hold on to new hidden rows of each sequence, [*, C], until drafts are wanted."""
+        for request, rows in zip(requests, hidden, strict=True):
+            self._pending[request.request_id].add(rows)
+        # The token after the last row is not known yet.
+        self._catch_up(self._behind(requests, MAX_PENDING_ROWS), leave=1)
+
+    def _behind(self, requests: Sequence[Request], num_rows: int) -> list[Request]:
+        """Those with more pending rows than this."""
+        return [r for r in requests if self._pending[r.request_id].num_rows > num_rows]
 
     def _step_zero_rows(
         self, requests: Sequence[Request], most: int | None = None
@@ -312,11 +334,10 @@ class ModelRunner:
         Args:
             most: rows of a sequence; None for as many as a window may have.
         """
+        self._catch_up(self._behind(requests, most or self.max_window), leave=1)
         rows, parts = [], []
         for request in requests:
             pending = self._pending[request.request_id]
-            if pending.num_rows > (most or self.max_window):
-                self._catch_up(request, leave=1)
             start, count = pending.start, pending.num_rows
             parts.append(pending.take(count))
             rows.append(
@@ -324,15 +345,28 @@ class ModelRunner:
             )
         return rows, torch.cat(parts)
 
-    def _catch_up(self, request: Request, leave: int) -> None:
-        """Feed pending rows to the draft layer, alone and in chunks, all but the last `leave`."""
+    def _catch_up(self, requests: Sequence[Request], leave: int) -> None:
+        """Feed pending rows to the draft layer, all but the last `leave` of each sequence.
+
+        They go in the order of the sequences and in passes as large as those of prompts.
+        """
         began = time.perf_counter()
-        pending = self._pending[request.request_id]
-        while pending.num_rows > leave:
-            start = pending.start
-            count = min(pending.num_rows - leave, self.chunk_tokens)
-            rows = SequenceRows(request, request.token_ids[start + 1 : start + 1 + count], start)
-            assert len(rows.token_ids) == count, f"{len(rows.token_ids)} known tokens of {count}"
-            batch = self._batch([rows], is_window=False)
-            self.model.mtp_step(batch.token_ids, pending.take(count), batch, self.cache)
+        while requests := self._behind(requests, leave):
+            room, rows, hidden = self.chunk_tokens, [], []
+            for request in requests[: self.max_prefill_seqs]:
+                pending = self._pending[request.request_id]
+                start, count = pending.start, min(pending.num_rows - leave, room)
+                if count:
+                    token_ids = request.token_ids[start + 1 : start + 1 + count]
+                    assert len(token_ids) == count, f"{len(token_ids)} known tokens of {count}"
+                    rows.append(SequenceRows(request, token_ids, start))
+                    hidden.append(pending.take(count))
+                    room -= count
+            batch = self._batch(rows, is_window=False)
+            self.model.mtp_step(batch.token_ids, _joined(hidden), batch, self.cache)
         self.deferred_seconds += time.perf_counter() - began
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows one after the other, without a copy where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

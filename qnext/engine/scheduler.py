@@ -1,9 +1,11 @@
 """Who runs next: waiting and running sequences, their pages and their state slots. No torch.
 
-A step is either one chunk of one prompt or one window of every running sequence. Prompts go first,
-alone and in chunks of a fixed size, so that their arithmetic does not depend on company. Pages are
-given out as sequences grow. When none is free, the youngest sequence is preempted: it gives
-everything back, waits at the head of the line, and is computed again from its prompt.
+A step is either some tokens of prompts or one window of every running sequence. Prompts go first, in
+the order of their admission. Where a step holds one prompt, it is read alone and in chunks of a fixed
+size, so that its arithmetic does not depend on company; where it holds many, each step is filled up
+with the next ones. Pages are given out as sequences grow. When none is free, the youngest sequence is
+preempted: it gives everything back, waits at the head of the line, and is computed again from its
+prompt.
 """
 
 from collections import deque
@@ -15,12 +17,24 @@ from qnext.engine.request import Request, RequestStatus
 
 
 @dataclass(frozen=True)
-class PrefillStep:
+class PromptPart:
     """Tokens `start` to `end` of one prompt."""
 
     request: Request
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """Parts of different prompts, in the order of their admission."""
+
+    parts: tuple[PromptPart, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt tokens of all parts."""
+        return sum(part.end - part.start for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,9 @@ class SchedulerLimits:
     max_num_seqs: int  # state slots: sequences that run at once
     num_pages: int
     page_size: int  # tokens a page
-    prefill_chunk_tokens: int
+    prefill_chunk_tokens: int  # of all prompts in a step
     max_drafts: int  # rows of a window beyond its first
+    max_prefill_seqs: int = 1  # prompts that one step may hold parts of
 
 
 class Scheduler:
@@ -83,11 +98,8 @@ class Scheduler:
     def schedule(self) -> PrefillStep | DecodeStep | None:
         """Choose the next step and give its sequences what memory it needs; None without work."""
         self._admit()
-        for request in self.running:
-            if request.is_prefilling:
-                start = request.num_computed
-                end = min(start + self.limits.prefill_chunk_tokens, request.num_prompt_tokens)
-                return PrefillStep(request, start, end)
+        if parts := self._prompt_parts():
+            return PrefillStep(parts)
         if not self.running:
             assert not self.waiting, f"{len(self.waiting)} requests wait, none runs, no page free"
             return None
@@ -102,6 +114,20 @@ class Scheduler:
                 self._give_back(request)
             elif request in self.waiting:
                 self.waiting.remove(request)
+
+    def _prompt_parts(self) -> tuple[PromptPart, ...]:
+        """The next tokens of the prompts that are not in the cache, as many as a step may hold."""
+        parts: list[PromptPart] = []
+        room = self.limits.prefill_chunk_tokens
+        for request in self.running:
+            if not room or len(parts) == self.limits.max_prefill_seqs:
+                break
+            if request.is_prefilling:
+                start = request.num_computed
+                end = min(start + room, request.num_prompt_tokens)
+                parts.append(PromptPart(request, start, end))
+                room -= end - start
+        return tuple(parts)
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.page_size)

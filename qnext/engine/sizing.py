@@ -9,6 +9,9 @@ from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.log import get_logger, log_once
 
 PREFILL_CHUNK_TOKENS = {"cpu": 512, "cuda": 32768}  # rows enough for large products
+# Prompts in a pass. On a CPU one, whose text then never depends on others (docs/numerics.md). On a
+# GPU a short prompt alone would be slower on the host; each takes a DeltaNet state more in a pass.
+MAX_PREFILL_SEQS = {"cpu": 1, "cuda": 256}
 PAGE_SIZE = 64
 AUTO_MAX_DRAFTS = 4
 DEFAULT_MAX_SEQS = {"cpu": 8, "cuda": 32}
@@ -80,6 +83,7 @@ def engine_options(
         num_pages=min(pages_each * max_num_seqs, affordable),
         page_size=page_size,
         prefill_chunk_tokens=prefill_chunk_tokens,
+        max_prefill_seqs=MAX_PREFILL_SEQS.get(model.device.type, 1),
         max_drafts=max_drafts,
         is_auto=is_auto,
     )

@@ -84,18 +84,18 @@ class GatedAttention(nn.Module):
             heads = dispatch.attention(q, k, v, batch.cu_seqlens, batch.max_seqlen, self.scale)
         else:
             assert batch.cache_inputs is not None, "a batch with a cache names its places"
-            assert batch.seq_lens is not None, "a batch with a cache has host lengths"
             slots = batch.cache_inputs.slot_mapping
+            fresh = k[: slots.shape[0]], v[: slots.shape[0]]
             pool = cache.kv_pool
-            pool.write(self.layer_idx, k[: slots.shape[0]], v[: slots.shape[0]], slots)
+            pool.write(self.layer_idx, *fresh, slots)
             heads = dispatch.paged_attention(
                 q,
                 pool.k[self.layer_idx],
                 pool.v[self.layer_idx],
-                batch.token_slots(cache.page_size),
-                batch.seq_lens,
+                batch.cached_rows(cache.page_size),
                 self.scale,
                 row_stable=batch.row_stable,
                 product_dtype=self._product_dtype(),
+                fresh=fresh,
             )
         return self.finish(heads, gate, batch)

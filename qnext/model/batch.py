@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+
+from qnext.kernels.paged_attention.reference import CachedRows
+from qnext.runtime.device import upload
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class CacheInputs:
         is_window: False: a prefill chunk, states advance and are written at once. True: decode
             or verification rows, committed states stay, and `HybridCache.commit` replays the
             accepted rows.
+        state_slot_ids: state_slots on the device, None to copy them when they are first needed.
+            [N], int64
     """
 
     page_table: torch.Tensor
@@ -25,6 +31,7 @@ class CacheInputs:
     context_lens: tuple[int, ...]
     state_slots: tuple[int, ...]
     is_window: bool
+    state_slot_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,14 @@ class ForwardBatch:
         )
 
     @cached_property
+    def _places_in_sequences(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequence of each token, and its index there. Two of [T], int64"""
+        return _places(self.cu_seqlens, self.token_ids.shape[0])
+
+    @property
     def local_positions(self) -> torch.Tensor:
         """Index of each token since its sequence's start in this batch. [T], int64"""
-        index = torch.arange(self.token_ids.shape[0], device=self.token_ids.device)
-        segment = torch.bucketize(index, self.cu_seqlens[1:].to(index.dtype), right=True)
-        return index - self.cu_seqlens.to(index.dtype)[segment]
+        return self._places_in_sequences[1]
 
     @property
     def max_seqlen(self) -> int:
@@ -107,7 +117,16 @@ class ForwardBatch:
     def state_slots(self) -> torch.Tensor:
         """DeltaNet slots of the sequences. [N], int64"""
         assert self.cache_inputs is not None, "state_slots of a batch without a cache"
-        return torch.tensor(self.cache_inputs.state_slots, device=self.token_ids.device)
+        known = self.cache_inputs.state_slot_ids
+        if known is None:
+            slots = np.array(self.cache_inputs.state_slots, np.int64)
+            (known,) = upload([slots], self.token_ids.device)
+        return known
+
+    @cached_property
+    def token_state_slots(self) -> torch.Tensor:
+        """DeltaNet slot of each token's sequence. [T], int64"""
+        return self.state_slots[self._places_in_sequences[0]]
 
     @cached_property
     def window_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,16 +141,38 @@ class ForwardBatch:
         device = self.token_ids.device
         return torch.tensor(slots, device=device), torch.tensor(steps, device=device)
 
-    def token_slots(self, page_size: int) -> tuple[torch.Tensor, ...]:
-        """Pool rows of each sequence's tokens, this batch's included, oldest first. N x [L]"""
-        known = self.__dict__.get("_token_slots")
-        if known is None:
-            assert self.cache_inputs is not None, "token slots of a batch without a cache"
-            assert self.seq_lens is not None, "a batch with a cache has host lengths"
-            known = []
-            for seq_idx, context in enumerate(self.cache_inputs.context_lens):
-                index = torch.arange(context + self.seq_lens[seq_idx], device=self.token_ids.device)
-                pages = self.cache_inputs.page_table[seq_idx].long()
-                known.append(pages[index // page_size] * page_size + index % page_size)
-            self.__dict__["_token_slots"] = known
-        return tuple(known)
+    def cached_rows(self, page_size: int) -> CachedRows:
+        """Pool rows of each sequence's tokens, this batch's included, and whose queries look there.
+
+        A constant number of launches for any number of sequences, and once for all layers.
+        """
+        known: CachedRows | None = self.__dict__.get("_cached_rows")
+        if known is not None:
+            return known
+        assert self.cache_inputs is not None, "token slots of a batch without a cache"
+        assert self.seq_lens is not None, "a batch with a cache has host lengths"
+        pairs = zip(self.cache_inputs.context_lens, self.seq_lens, strict=True)
+        key_lens = tuple(context + length for context, length in pairs)
+        # A sequence's first position here is the number of tokens before it.
+        contexts = self.position_ids[self.cu_seqlens[:-1]]
+        bounds = self.cu_seqlens.clone()
+        bounds[1:] += contexts.cumsum(0)
+        seq_idx, position = _places(bounds, sum(key_lens))
+        pages = self.cache_inputs.page_table[seq_idx, position // page_size].long()
+        known = CachedRows(
+            slots=pages * page_size + position % page_size,
+            key_lens=key_lens,
+            query_lens=self.seq_lens,
+            key_bounds=bounds,
+            query_bounds=self.cu_seqlens,
+        )
+        self.__dict__["_cached_rows"] = known
+        return known
+
+
+def _places(bounds: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows 0 to num_rows - 1 the sequence and the index in it. bounds: [N + 1]"""
+    index = torch.arange(num_rows, device=bounds.device)
+    wide = bounds.to(index.dtype)
+    seq_idx = torch.bucketize(index, wide[1:], right=True)
+    return seq_idx, index - wide[seq_idx]

@@ -1,8 +1,15 @@
 """Devices and number types by name: "auto" resolved, mistakes named, threads and memory read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+# Of the address of each tensor of `upload`: kernels are compiled for addresses that are multiples.
+ALIGNMENT_BYTES = 64
 
 DTYPES = {
     "float32": torch.float32,
@@ -95,6 +102,33 @@ def set_num_threads(num_threads: int | None) -> int:
             raise ValueError(f"num_threads is {num_threads!r}; want an integer, at least 1")
         torch.set_num_threads(num_threads)
     return torch.get_num_threads()
+
+
+def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+    """Arrays on a device, all in one copy for which the host does not wait.
+
+    Args:
+        arrays: of int64, int32 or floating-point numbers.
+
+    Returns:
+        Tensors of the same shapes and types, parts of one piece of memory.
+    """
+    starts = [0]
+    for array in arrays:
+        starts.append(starts[-1] + -(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
+    # A GPU fetches by itself only from memory that cannot be moved.
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    numbers = host.numpy()
+    parts = list(zip(arrays, starts[:-1], strict=True))
+    for array, start in parts:
+        numbers[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
+    there = host.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes]
+        .view(getattr(torch, array.dtype.name))
+        .view(array.shape)
+        for array, start in parts
+    ]
 
 
 def synchronize(device: torch.device) -> None:

@@ -35,10 +35,14 @@ def run_step(scheduler: Scheduler, window: int = 1) -> PrefillStep | DecodeStep 
     """What the engine does, with a model that always says 1 and accepts every draft."""
     step = scheduler.schedule()
     if isinstance(step, PrefillStep):
-        step.request.num_computed = step.end
-        if not step.request.is_prefilling and not step.request.output_token_ids:
-            step.request.append_token(1, False, 0.0)
-        changed = [step.request]
+        changed = [part.request for part in step.parts]
+        assert len(set(changed)) == len(changed) <= scheduler.limits.max_prefill_seqs
+        assert 0 < step.num_tokens <= scheduler.limits.prefill_chunk_tokens
+        for part in step.parts:
+            assert part.start == part.request.num_computed < part.end
+            part.request.num_computed = part.end
+            if not part.request.is_prefilling and not part.request.output_token_ids:
+                part.request.append_token(1, False, 0.0)
     elif isinstance(step, DecodeStep):
         changed = list(step.requests)
         for request in changed:
@@ -56,6 +60,10 @@ def run_step(scheduler: Scheduler, window: int = 1) -> PrefillStep | DecodeStep 
         return None
     scheduler.release([r for r in changed if r.finish_reason])
     return step
+
+
+def spans_of(step: PrefillStep) -> list[tuple[str, int, int]]:
+    return [(part.request.request_id, part.start, part.end) for part in step.parts]
 
 
 def run_all(scheduler: Scheduler, window: int = 1) -> list[PrefillStep | DecodeStep]:
@@ -76,9 +84,24 @@ def test_prompts_go_first_in_fixed_chunks_of_one_sequence():
     scheduler.add(first)
     scheduler.add(second)
     steps = [run_step(scheduler) for _ in range(5)]
-    spans = [(s.request.request_id, s.start, s.end) for s in steps[:4]]
-    assert spans == [("a", 0, 8), ("a", 8, 16), ("a", 16, 19), ("b", 0, 3)]
+    spans = [spans_of(step) for step in steps[:4]]
+    assert spans == [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 19)], [("b", 0, 3)]]
     assert steps[4] == DecodeStep((first, second))
+
+
+def test_a_step_is_filled_up_with_the_next_prompts_where_it_may_hold_many():
+    scheduler = scheduler_of(max_prefill_seqs=3, max_num_seqs=6, num_pages=32)
+    requests = [request_of(name, n) for name, n in zip("abcdef", (11, 2, 9, 1, 1, 1), strict=True)]
+    for request in requests:
+        scheduler.add(request)
+    steps = [run_step(scheduler) for _ in range(5)]
+    assert [spans_of(step) for step in steps[:4]] == [
+        [("a", 0, 8)],
+        [("a", 8, 11), ("b", 0, 2), ("c", 0, 3)],
+        [("c", 3, 9), ("d", 0, 1), ("e", 0, 1)],
+        [("f", 0, 1)],
+    ]
+    assert steps[4] == DecodeStep(tuple(requests))
 
 
 def test_sequences_over_the_limit_wait_and_start_in_order():
@@ -89,7 +112,7 @@ def test_sequences_over_the_limit_wait_and_start_in_order():
     run_step(scheduler)
     assert [r.status for r in requests].count(RequestStatus.WAITING) == 3
     steps = run_all(scheduler)
-    started = [s.request.request_id for s in steps if isinstance(s, PrefillStep)]
+    started = [spans_of(s)[0][0] for s in steps if isinstance(s, PrefillStep)]
     assert started == ["1", "2", "3", "4"]
     assert all(r.finish_reason == "length" for r in requests)
 
@@ -128,12 +151,15 @@ def test_drafts_get_pages_before_they_are_written():
     run_all(scheduler, window=5)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(9))
 def test_nothing_leaks_whatever_comes(seed):
     rng = random.Random(seed)
     window = rng.randint(1, 5)
     scheduler = scheduler_of(
-        max_num_seqs=rng.randint(1, 5), num_pages=rng.randint(8, 14), max_drafts=window - 1
+        max_num_seqs=rng.randint(1, 5),
+        num_pages=rng.randint(8, 14),
+        max_drafts=window - 1,
+        max_prefill_seqs=rng.randint(1, 4),
     )
     requests = [
         request_of(str(i), rng.randint(1, 20), max_tokens=rng.randint(1, 12)) for i in range(30)

@@ -21,7 +21,7 @@ from qnext.kernels.linear import numba as linear_module
 from qnext.kernels.linear.numba import linear_numba
 from qnext.kernels.paged_attention import numba as paged_module
 from qnext.kernels.paged_attention.numba import paged_attention_numba
-from qnext.kernels.paged_attention.reference import paged_attention_reference
+from qnext.kernels.paged_attention.reference import CachedRows, paged_attention_reference
 from qnext.kernels.rms_norm.numba import rms_norm_numba
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.router.numba import router_numba
@@ -166,7 +166,7 @@ def test_tiled_attention_gives_the_softmax_over_scattered_pages(head_dim, num_th
     )
     q = torch.randn(sum(lengths) + 4, 4, head_dim)
     pools = torch.randn(2, 400, 2, head_dim)
-    inputs = (q, *pools, slots, lengths, head_dim**-0.5)
+    inputs = (q, *pools, CachedRows.of(slots, lengths), head_dim**-0.5)
     assert paged_module.supports(*inputs, product_dtype=BFLOAT16) is None
     ours = paged_attention_numba(*inputs, product_dtype=BFLOAT16)
     exact = paged_attention_reference(q.double(), *pools.double(), *inputs[3:])
@@ -180,16 +180,16 @@ def test_tiled_attention_gives_the_softmax_over_scattered_pages(head_dim, num_th
 def test_tiled_attention_never_looks_ahead():
     torch.manual_seed(0)
     q, pools = torch.randn(90, 2, 16), torch.randn(2, 90, 2, 16)
-    slots = torch.arange(90)
-    whole = paged_attention_numba(q, *pools, (slots,), (90,), 0.25, product_dtype=BFLOAT16)
+    whole_rows, part_rows = (CachedRows.of((torch.arange(n),), (n,)) for n in (90, 50))
+    whole = paged_attention_numba(q, *pools, whole_rows, 0.25, product_dtype=BFLOAT16)
     pools[:, 50:] = torch.nan
-    part = paged_attention_numba(q[:50], *pools, (slots[:50],), (50,), 0.25, product_dtype=BFLOAT16)
+    part = paged_attention_numba(q[:50], *pools, part_rows, 0.25, product_dtype=BFLOAT16)
     assert torch.equal(whole[:50], part)
 
 
 def test_attention_in_tiles_is_for_bfloat16_models():
     q, pools = torch.randn(3, 2, 8), torch.randn(2, 9, 2, 8)
-    inputs = (q, *pools, (torch.arange(3),), (3,), 0.3)
+    inputs = (q, *pools, CachedRows.of((torch.arange(3),), (3,)), 0.3)
     assert "bfloat16" in paged_module.supports(*inputs)
     assert "bfloat16" in paged_module.supports(*inputs, product_dtype=torch.float32)
 

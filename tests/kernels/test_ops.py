@@ -13,7 +13,7 @@ from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.experts.torch import experts_torch, supports
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.linear.torch import linear_torch
-from qnext.kernels.paged_attention.reference import paged_attention_reference
+from qnext.kernels.paged_attention.reference import CachedRows, paged_attention_reference
 from qnext.kernels.paged_attention.torch import paged_attention_torch
 from qnext.kernels.rotary.reference import rotary_reference
 from qnext.kernels.router.reference import router_reference
@@ -68,9 +68,9 @@ def test_paged_attention_backends_agree_on_scattered_pages(row_stable):
     torch.manual_seed(0)
     k_cache, v_cache = torch.randn(200, 2, 16), torch.randn(200, 2, 16)
     order = torch.randperm(200)
-    slots = (order[:70], order[70:75], order[75:76])
+    rows = CachedRows.of((order[:70], order[70:75], order[75:76]), (3, 5, 1))
     q = torch.randn(16, 4, 16)
-    arguments = (q, k_cache, v_cache, slots, (3, 5, 1), 0.25, row_stable)
+    arguments = (q, k_cache, v_cache, rows, 0.25, row_stable)
     ours, expected = paged_attention_torch(*arguments), paged_attention_reference(*arguments)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert not ours[9:].any(), "padding rows stay zero"

@@ -8,7 +8,7 @@ from tests.kernels.triton_env import DEVICE, HALF, IS_INTERPRETED, error, poison
 
 pytest.importorskip("triton")
 
-from qnext.kernels.paged_attention.reference import paged_attention_reference
+from qnext.kernels.paged_attention.reference import CachedRows, paged_attention_reference
 from qnext.kernels.paged_attention_window import triton_fwd
 from qnext.kernels.paged_attention_window.reference import (
     HeadWeights,
@@ -124,7 +124,8 @@ def test_the_reference_does_what_the_layers_functions_do(rotary):
     new = torch.cat([slots[0][20:], slots[1]])
     assert torch.equal(k_cache[new], k)
     assert torch.equal(v_cache[new], v.reshape(6, 2, 16))
-    heads = paged_attention_reference(q, k_cache, v_cache, tuple(slots), (3, 3), case.scale)
+    rows = CachedRows.of(slots, (3, 3))
+    heads = paged_attention_reference(q, k_cache, v_cache, rows, case.scale)
     torch.testing.assert_close(out, heads.flatten(1) * torch.sigmoid(gate))
 
 

@@ -32,6 +32,7 @@ from qnext.kernels.cpu_vectors import (
     pack_pairs,
     pairs_at,
 )
+from qnext.kernels.paged_attention.reference import CachedRows
 
 BLOCK_KEYS = 64  # keys that a running softmax takes at a time
 BLOCK_ROWS = MAX_PANELS * LANES
@@ -45,11 +46,11 @@ def supports(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    token_slots: tuple[torch.Tensor, ...],
-    query_lens: tuple[int, ...],
+    rows: CachedRows,
     scale: float,
     row_stable: bool = False,
     product_dtype: torch.dtype | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
     if row_stable:
@@ -69,17 +70,17 @@ def paged_attention_numba(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    token_slots: tuple[torch.Tensor, ...],
-    query_lens: tuple[int, ...],
+    rows: CachedRows,
     scale: float,
     row_stable: bool = False,
     product_dtype: torch.dtype | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """As `paged_attention_reference`: blocks of keys under a running softmax, all sums in fp32."""
     q = q.contiguous()
     out = torch.zeros_like(q)
     start = 0
-    for slots, num_rows in zip(token_slots, query_lens, strict=True):
+    for slots, num_rows in zip(rows.each(), rows.query_lens, strict=True):
         if num_rows:
             pools = (k_cache, v_cache)
             _attend_sequence(q[start:], pools, slots.contiguous(), num_rows, scale, out[start:])

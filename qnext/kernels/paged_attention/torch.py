@@ -3,16 +3,18 @@
 import torch
 import torch.nn.functional as F
 
+from qnext.kernels.paged_attention.reference import CachedRows
+
 
 def supports(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    token_slots: tuple[torch.Tensor, ...],
-    query_lens: tuple[int, ...],
+    rows: CachedRows,
     scale: float,
     row_stable: bool = False,
     product_dtype: torch.dtype | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
     return None
@@ -22,20 +24,23 @@ def paged_attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    token_slots: tuple[torch.Tensor, ...],
-    query_lens: tuple[int, ...],
+    rows: CachedRows,
     scale: float,
     row_stable: bool = False,
     product_dtype: torch.dtype | None = None,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """As `paged_attention_reference`: the keys are gathered once per sequence.
+    """As `paged_attention_reference`: one call for all sequences where FlashAttention takes them.
 
-    row_stable gives each query a call of its own with exactly its keys, so the shape of the
-    call, and with it the order of every sum, follows from the query's position alone.
+    Elsewhere the keys are gathered once per sequence. row_stable gives each query a call of its own
+    with exactly its keys, so the shape of the call, and with it the order of every sum, follows
+    from the query's position alone.
     """
+    if not row_stable and _takes_flash(q):
+        return _packed(q, (k_cache, v_cache), rows, scale, fresh)
     out = torch.zeros_like(q)
     start = 0
-    for slots, num_rows in zip(token_slots, query_lens, strict=True):
+    for slots, num_rows in zip(rows.each(), rows.query_lens, strict=True):
         end = start + num_rows
         k = k_cache[slots].transpose(0, 1)[None]  # [1, Hkv, L, D]
         v = v_cache[slots].transpose(0, 1)[None]
@@ -59,15 +64,13 @@ def _block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, scale: float
 ) -> torch.Tensor:
     num_rows, num_keys = q.shape[2], k.shape[2]
-    if first > 0 and num_rows > 1 and _takes_flash(q):
-        return _flash_block(q, k, v, scale)
     if first == 0 or num_rows == 1:
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=num_rows > 1, scale=scale, enable_gqa=True
         )
     else:
-        rows = torch.arange(num_rows, device=q.device)[:, None] + first
-        mask = torch.arange(num_keys, device=q.device) <= rows
+        positions = torch.arange(num_rows, device=q.device)[:, None] + first
+        mask = torch.arange(num_keys, device=q.device) <= positions
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
@@ -83,18 +86,41 @@ def _takes_flash(q: torch.Tensor) -> bool:
     )
 
 
-def _flash_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Rows that end where the keys end. q: [1, Hq, rows, D]; k, v: [1, Hkv, L, D]
+def _packed(
+    q: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    rows: CachedRows,
+    scale: float,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """All sequences at once, by a number of launches that does not depend on theirs."""
+    num_rows = sum(rows.query_lens)
+    is_first = rows.key_lens == rows.query_lens
+    if is_first and fresh is not None:
+        k, v = fresh
+    else:
+        k, v = (pool[rows.slots] for pool in pools)  # [sum of key_lens, Hkv, D]
+    if is_first and len(rows.key_lens) == 1:
+        # The public function has a faster kernel for this case than FlashAttention.
+        heads = _block(*(x.transpose(0, 1)[None] for x in (q[:num_rows], k, v)), 0, scale)
+    else:
+        heads = _flash(q[:num_rows], k, v, rows, scale)
+    extra = q.shape[0] - num_rows
+    return F.pad(heads, [0, 0, 0, 0, 0, extra]) if extra else heads
+
+
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: CachedRows, scale: float
+) -> torch.Tensor:
+    """Queries that end where their sequence's keys end. [T, Hq, D]
 
     FlashAttention aligns the causal mask with the last key and shares keys between query heads; the
     public function of torch aligns it with the first, and takes slower kernels with any other mask.
     """
-    bounds = [torch.tensor([0, x.shape[2]], dtype=torch.int32, device=q.device) for x in (q, k)]
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        *(x[0].transpose(0, 1) for x in (q, k, v)),
-        *bounds,
-        q.shape[2],
-        k.shape[2],
+        *(q, k, v),
+        *(rows.query_bounds, rows.key_bounds),
+        *(max(rows.query_lens), max(rows.key_lens)),
         0.0,
         True,
         False,

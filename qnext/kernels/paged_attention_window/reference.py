@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qnext.kernels.paged_attention.reference import paged_attention_reference
+from qnext.kernels.paged_attention.reference import CachedRows, paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.rotary.reference import rotary_reference
 
@@ -95,7 +95,8 @@ def paged_attention_window_reference(
         k = rotary_reference(rms_norm_reference(k, weights.k_norm, weights.eps), *angles)
         k_cache[slots[context:]] = k.to(k_cache.dtype)
         v_cache[slots[context:]] = v.to(v_cache.dtype)
-        heads = paged_attention_reference(q, k_cache, v_cache, (slots,), (count,), scale)
+        rows = CachedRows.of((slots,), (count,))
+        heads = paged_attention_reference(q, k_cache, v_cache, rows, scale)
         gated = heads.to(wide) * torch.sigmoid(gate.to(wide))
         out[own] = gated.to(fused.dtype).flatten(1)
     return out
