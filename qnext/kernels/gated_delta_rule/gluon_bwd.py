@@ -22,7 +22,7 @@ from qnext.kernels.gated_delta_rule.gluon_tiles import hidden, store_rows
 from qnext.kernels.gated_delta_rule.triton_chunks import Chunks, Inputs
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["p_cu_seqlens", "p_first"])
 def gated_delta_rule_gluon_bwd_state_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
@@ -96,12 +96,12 @@ def gated_delta_rule_gluon_bwd_state_kernel(
 
     b_done = zeros.to(dtype)  # dZ of the chunk after
     rows = 0  # of it
+    i_now = 0
     for i_back in range(num_chunks):
         i_c = num_chunks - 1 - i_back
         async_copy.wait_group(STAGES - 2)
         hopper.fence_async_shared()
         tl.debug_barrier()
-        i_now = i_back % STAGES
         b_k = s_k.index(i_now)
         b_de = hopper.warpgroup_mma(
             b_rounded, b_k.permute((1, 0)), zeros, use_acc=False, is_async=True
@@ -113,7 +113,7 @@ def gated_delta_rule_gluon_bwd_state_kernel(
         s_dstate.permute((1, 0)).store(gl.convert_layout(b_rounded, STATE))
         s_dv.permute((1, 0)).store(b_done)
         i_later = i_c - (STAGES - 1)
-        i_next = (i_back + STAGES - 1) % STAGES
+        i_next = gl.where(i_now == 0, STAGES - 1, i_now - 1)  # the oldest chunk's place
         copy_chunk(
             tiles, pointers, i_next, i_later, gl.where(i_later >= 0, BT, 0),
             HV, STRIDE_K, STRIDE_Q, HV * V, True,
@@ -142,6 +142,7 @@ def gated_delta_rule_gluon_bwd_state_kernel(
         b_dstate, b_reads, b_erase = hopper.warpgroup_mma_wait(0, deps=[b_dstate, b_reads, b_erase])
         b_rounded = gl.convert_layout(b_dstate.to(dtype), LEFT)
         rows = length - i_c * BT
+        i_now = gl.where(i_now == STAGES - 1, 0, i_now + 1)
         p_dstates -= HV * K * V
         p_dv -= BT * HV * V
 

@@ -80,7 +80,7 @@ def chunk_tiles(dtype: gl.constexpr, STAGES: gl.constexpr) -> tl.tuple:
     return s_k, s_q, s_v, s_inverse, s_scores, s_decays, s_decay
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["p_cu_seqlens", "p_first"])
 def gated_delta_rule_gluon_fwd_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
@@ -120,10 +120,9 @@ def gated_delta_rule_gluon_fwd_kernel(
     ALONG_T: gl.constexpr = gl.SliceLayout(0, TOKENS)
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = p_k.dtype.element_ty
-    NV: gl.constexpr = V // 64
-    i_v = gl.program_id(0) % NV
-    i_h = gl.program_id(0) // NV % HV
-    i_n = gl.program_id(0) // (NV * HV)
+    i_v = gl.program_id(0) % (V // 64)
+    i_h = gl.program_id(0) // (V // 64) % HV
+    i_n = gl.program_id(0) // (V // 64 * HV)
     start = gl.load(p_cu_seqlens + i_n)
     length = gl.load(p_cu_seqlens + i_n + 1) - start
     row = start.to(gl.int64)
@@ -158,13 +157,13 @@ def gated_delta_rule_gluon_fwd_kernel(
             HV, STRIDE_K, STRIDE_Q, STRIDE_V, HAS_OUT,
         )  # fmt: skip
 
+    i_now = 0
     b_out = zeros.to(dtype)
     b_change = gl.convert_layout(b_out, LEFT)
     for i_c in range((length + BT - 1) // BT):
         async_copy.wait_group(STAGES - 2)
         hopper.fence_async_shared()
         tl.debug_barrier()
-        i_now = i_c % STAGES
         b_k = s_k.index(i_now)
         b_z = hopper.warpgroup_mma(
             b_rounded, b_k.permute((1, 0)), zeros, use_acc=False, is_async=True
@@ -175,16 +174,16 @@ def gated_delta_rule_gluon_fwd_kernel(
         if HAS_OUT:
             s_out.permute((1, 0)).store(b_out)
         i_later = i_c + STAGES - 1
+        i_next = gl.where(i_now == 0, STAGES - 1, i_now - 1)  # the oldest chunk's place
         copy_chunk(
-            tiles, pointers, i_later % STAGES, i_later, length - i_later * BT,
+            tiles, pointers, i_next, i_later, length - i_later * BT,
             HV, STRIDE_K, STRIDE_Q, STRIDE_V, HAS_OUT,
         )  # fmt: skip
-        before = gl.where(i_c > 0, BT, 0)
         if HAS_STATES:
             store_rows(p_states, s_state, V, K, K)
-            store_rows(p_change - BT * HV * V, s_change, HV * V, before, BT)
+            store_rows(p_change - BT * HV * V, s_change, HV * V, gl.minimum(i_c * BT, BT), BT)
         if HAS_OUT:
-            store_rows(p_out - BT * HV * V, s_out, HV * V, before, BT)
+            store_rows(p_out - BT * HV * V, s_out, HV * V, gl.minimum(i_c * BT, BT), BT)
         b_v = s_v.index(i_now).permute((1, 0)).load(TOKENS)
         b_from_start = s_decay.index(i_now * 4).load(ALONG_T)[None, :]
         b_z, b_rounded = hopper.warpgroup_mma_wait(0, deps=[b_z, b_rounded])
@@ -216,12 +215,13 @@ def gated_delta_rule_gluon_fwd_kernel(
         if HAS_OUT:
             b_o, b_change = hopper.warpgroup_mma_wait(0, deps=[b_o, b_change])
             b_out = b_o.to(dtype)
+        i_now = gl.where(i_now == STAGES - 1, 0, i_now + 1)
         p_states += HV * K * V
         p_out += BT * HV * V
         p_change += BT * HV * V
 
     async_copy.wait_group(0)
-    rest = length - (length - 1) // BT * BT  # of no tokens, none
+    rest = gl.where(length > 0, (length - 1) % BT + 1, 0)
     if HAS_STATES:
         s_change.permute((1, 0)).store(gl.convert_layout(b_change, TOKENS))
         store_rows(p_change - BT * HV * V, s_change, HV * V, rest, BT)
