@@ -8,7 +8,7 @@ from tests.kernels.triton_env import DEVICE, HALF, IS_INTERPRETED, error
 
 pytest.importorskip("triton")
 
-from qnext.kernels.gated_delta_rule import triton_chunks, triton_fwd
+from qnext.kernels.gated_delta_rule import triton_chunks, triton_fwd, triton_scan
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_rule.summary import gated_delta_summary_reference
 from qnext.kernels.gated_delta_rule.torch import gated_delta_rule_torch
@@ -245,6 +245,54 @@ def test_other_sizes_have_the_gradients_of_the_chunks_in_float64(size):
     for shape in ((2, 2, *size), (1, 4, *size)):
         inputs, bounds = _inputs(shape, (190, 33, 65), 0.05, HALF, alike=0.1)
         _check(inputs, bounds, LIMITS[HALF], reference=gated_delta_rule_torch)
+
+
+def _kernels(inputs, bounds):
+    return triton_scan.kernels(triton_chunks.Inputs(*inputs[:5], bounds))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not triton_scan.HAS_GLUON, reason="this Triton has no Gluon that fits")
+def test_gluon_scans_the_heads_that_it_can():
+    assert _kernels(*_inputs(FLAGSHIP, (3,), 0.1, HALF))[0] == "gluon"
+    for shape, dtype in (
+        ((1, 2, 64, 128), HALF),
+        ((1, 2, 128, 96), HALF),
+        (FLAGSHIP, torch.float32),
+    ):
+        assert _kernels(*_inputs(shape, (3,), 0.1, dtype)) == ["triton"]
+    (q, k, v, *rest), bounds = _inputs(FLAGSHIP, (3,), 0.1, HALF)
+    crooked = torch.cat([v.flatten(), v.flatten()[:1]])[1:].view_as(v)  # not 16-byte aligned
+    assert _kernels([q, k, crooked, *rest], bounds) == ["triton"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not triton_scan.HAS_GLUON, reason="this Triton has no Gluon that fits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize(
+    "lengths", [(1,), (63, 0, 64, 65), (1000,), [0, 1, 5, 64, 90, 33] * 50], ids=len
+)
+def test_gluon_scans_as_triton_does(monkeypatch, lengths, has_state, dtype):
+    inputs, bounds = _inputs((2, 4, 128, 192), lengths, 0.02, dtype, alike=0.1)
+    found = _results(gated_delta_rule_triton, inputs, bounds, has_state)
+    monkeypatch.setattr(triton_scan, "HAS_GLUON", False)
+    expected = _results(gated_delta_rule_triton, inputs, bounds, has_state)
+    errors = [error(a, b) for a, b in zip(found, expected, strict=True)]
+    assert all(found < LIMITS[dtype] for found in errors), errors
+
+
+@pytest.mark.gpu
+def test_nothing_crosses_a_border_of_flagship_heads_not_even_nan():
+    inputs, bounds = _inputs(FLAGSHIP, (50, 100, 70), 0.02, HALF, alike=0.1)
+    clean = _results(gated_delta_rule_triton, inputs, bounds, True)
+    for x in inputs[:5]:
+        x[:50] = x[150:] = float("nan")
+    inputs[5][::2] = float("nan")
+    dirty = _results(gated_delta_rule_triton, inputs, bounds, True)
+    for name, ours, expected in zip(NAMES, dirty, clean, strict=True):
+        own = slice(1, 2) if name in ("final", "dstate") else slice(50, 150)
+        assert torch.equal(ours[own], expected[own]), name
 
 
 @pytest.mark.gpu

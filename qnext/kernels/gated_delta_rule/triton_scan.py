@@ -1,5 +1,6 @@
 """The pass over a sequence's chunks that carries the state, for a block of value columns."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,13 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     block_size,
     product,
 )
+
+# Triton reads the same variable when it is imported. Gluon compiles for GPUs only, and its names
+# were others in older releases.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GLUON = not IS_INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+if HAS_GLUON:
+    from qnext.kernels.gated_delta_rule import gluon_fwd
 
 FEW_PROGRAMS = 132  # of a GPU's processors; fewer programs than that leave some idle
 
@@ -127,6 +135,21 @@ def gated_delta_rule_fwd_kernel(
         tl.store(p_end, b_state, mask=m_kv)
 
 
+def kernels(inputs: Inputs) -> list[str]:
+    """Kernels that can run the scans, the faster one first."""
+    _, _, key_dim, value_dim = inputs.sizes
+    tokens = [x for x in (inputs.q, inputs.k, inputs.v) if x is not None]
+    takes_gluon = (
+        HAS_GLUON
+        and not inputs.is_fp32
+        and (key_dim, value_dim % 64) == (128, 0)
+        # A thread copies 16 bytes at a time, and the products are Hopper's own.
+        and all(x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in tokens)
+        and torch.cuda.get_device_capability(inputs.k.device)[0] == 9
+    )
+    return ["gluon", "triton"] if takes_gluon else ["triton"]
+
+
 def value_block(inputs: Inputs, value_dim: int) -> tuple[int, int]:
     """Value columns of a program, and stages of its loop.
 
@@ -209,6 +232,12 @@ def _launch(
     final: torch.Tensor | None = None,
     states: States | None = None,
 ) -> None:
+    if start != "identity" and kernels(inputs)[0] == "gluon":
+        change, before = (None, None) if states is None else (states.change, states.before)
+        gluon_fwd.scan_gluon(
+            inputs, chunks, initial_state, out=out, final=final, change=change, states=before
+        )
+        return
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
     columns = key_dim if start == "identity" else value_dim
     width, num_stages = value_block(inputs, columns)
