@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from qnext.kernels import recompute
+from qnext.kernels.adamw.reference import adamw_reference
 from qnext.kernels.add_rms_norm.reference import add_rms_norm_reference
 from qnext.kernels.attention import torch as attention_torch_module
 from qnext.kernels.attention.reference import attention_reference
@@ -95,7 +97,10 @@ class Op:
             ValueError: the backend named for this op cannot run these inputs.
         """
         kernel = self._choose(*args, **kwargs)
-        return (self.reference if kernel is None else kernel.function)(*args, **kwargs)
+        function = self.reference if kernel is None else kernel.function
+        if recompute.is_active() and self.name in recompute.CHEAP_OPS:
+            return recompute.run(self.name, function, args, kwargs)
+        return function(*args, **kwargs)
 
     def backend_for(self, *args: Any, **kwargs: Any) -> str:
         """Name of the backend that a call with these inputs runs on; raises as the call would."""
@@ -206,6 +211,7 @@ _CPU_ROWS = "fp32 rows on a CPU, no gradients"
 
 _GPU_ROWS = "fp32, bf16 and fp16 on a GPU"
 
+adamw = Op("adamw", adamw_reference, (_triton_kernel("adamw", _GPU_ROWS),))
 rms_norm = Op(
     "rms_norm",
     rms_norm_reference,
