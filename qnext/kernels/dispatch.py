@@ -43,6 +43,7 @@ from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.rotary.reference import rotary_reference
 from qnext.kernels.router.reference import router_reference
+from qnext.kernels.router_stats.reference import router_stats_reference
 from qnext.kernels.sigmoid_gate.reference import sigmoid_gate_reference
 from qnext.kernels.silu_mul.reference import silu_mul_reference
 from qnext.kernels.swiglu.reference import swiglu_reference
@@ -278,6 +279,9 @@ router = Op(
     "router",
     router_reference,
     (_numba_kernel("router", _CPU_ROWS), _triton_kernel("router", _GPU_ROWS)),
+)
+router_stats = Op(
+    "router_stats", router_stats_reference, (_triton_kernel("router_stats", _GPU_ROWS),)
 )
 experts_shared = Op(
     "experts_shared", experts_shared_reference, (_triton_kernel("experts_shared", _GPU_ROWS),)
