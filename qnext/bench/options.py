@@ -48,9 +48,9 @@ class BenchOptions:
         is_cold: serve with an empty folder of compiled kernels.
         train_cells: as TRAIN_CELLS; empty means these.
         train_layers: of the trained model.
-        moments: "8bit" (torchao), "bf16", or "auto", the first that is installed.
-        checkpointing: recompute layers in the backward pass: "on", "off", or "auto", which starts
-            without and goes on with it where memory runs out.
+        moments: of AdamW: "8bit" or "bf16".
+        checkpointing: what the backward pass recomputes: "off" nothing, "cheap" norms and gates,
+            "on" layers; "auto" takes the first of these for which memory is enough.
         accumulate: micro-batches, each of a cell's tokens, in one optimiser step.
         compile: torch.compile of the trained layers.
     """
@@ -72,7 +72,7 @@ class BenchOptions:
     is_cold: bool = False
     train_cells: tuple[str, ...] = ()
     train_layers: int = 4
-    moments: str = "auto"
+    moments: str = "8bit"
     checkpointing: str = "auto"
     accumulate: int = 1
     compile: bool = False

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from qnext.bench.anchors import TRAIN_SHARE_AIM, Anchor
 from qnext.bench.budget import Budget, repeated
 from qnext.bench.models import bench_config, free_memory, random_model
-from qnext.bench.optimizer import NarrowAdamW, choose_moments
+from qnext.bench.optimizer import BenchOptimizer
 from qnext.bench.options import SMALL_TRAIN_CELLS, TRAIN_CELLS, BenchOptions
 from qnext.bench.report import OURS, Row, Table
 from qnext.config.model import ModelConfig
@@ -26,6 +26,13 @@ from qnext.train.optim import TrainOptimizer
 from qnext.train.step import MicroBatch, TrainStep
 
 WARM_UP_STEPS, STEPS_PER_ROUND = 2, 3
+# What --checkpointing computes again in the backward pass, from fast to small.
+CHECKPOINTING = {"off": "nothing", "cheap": "norms and gates", "on": "layers"}
+RUNTIME_MODES: dict[str, Literal["off", "cheap", "layers"]] = {
+    "off": "off",
+    "cheap": "cheap",
+    "on": "layers",
+}
 SPENT = "the time given by --seconds is spent"
 
 
@@ -65,12 +72,12 @@ class Contender:
     Attributes:
         who: the engine.
         optimizer: of its parameters.
-        prepare: makes one step of a cell, given whether layers are recomputed.
+        prepare: makes one step of a cell, given a mode of CHECKPOINTING.
     """
 
     who: str
-    optimizer: NarrowAdamW
-    prepare: Callable[[TrainCell, bool], Callable[[], object]]
+    optimizer: BenchOptimizer
+    prepare: Callable[[TrainCell, str], Callable[[], object]]
 
 
 class TrainRun:
@@ -87,30 +94,32 @@ class TrainRun:
         self, table: Table, config: ModelConfig, device: torch.device, options: BenchOptions
     ) -> None:
         self.table, self.config, self.device, self.options = table, config, device, options
-        self.moments = choose_moments(options.moments)
+        self.moments = options.moments
         self.peak = peak_flops(device)
 
     def measure(self, contender: Contender, cells: Sequence[TrainCell], budget: Budget) -> None:
         """Add a row for each cell."""
-        is_recomputing = self.options.checkpointing == "on"
+        wanted = self.options.checkpointing
+        modes = tuple(CHECKPOINTING) if wanted == "auto" else (wanted,)
         for cell in cells:
             seconds = budget.next_seconds()
             if seconds <= 0:
                 self.table.skip(f"{cell.name}, {contender.who}", SPENT)
                 continue
-            problem = self._measure_cell(contender, cell, is_recomputing, seconds)
-            if problem is not None and self.options.checkpointing == "auto" and not is_recomputing:
-                problem = self._measure_cell(contender, cell, True, seconds)
-            if problem is not None:
-                self.table.skip(f"{cell.name}, {contender.who}", problem)
+            for mode in modes:
+                problem = self._measure_cell(contender, cell, mode, seconds)
+                if problem is None:
+                    break
+            else:
+                self.table.skip(f"{cell.name}, {contender.who}", str(problem))
 
     def _measure_cell(
-        self, contender: Contender, cell: TrainCell, is_recomputing: bool, seconds: float
+        self, contender: Contender, cell: TrainCell, mode: str, seconds: float
     ) -> str | None:
         """Add the row; returns why memory was too short, if it was."""
         problem = None
         try:
-            self._add_row(contender, cell, is_recomputing, seconds)
+            self._add_row(contender, cell, mode, seconds)
         except torch.OutOfMemoryError as error:
             problem = str(error).splitlines()[0]
         # Only here, where the error holds no frames any more, can the memory go.
@@ -119,11 +128,9 @@ class TrainRun:
         free_memory(self.device)
         return problem
 
-    def _add_row(
-        self, contender: Contender, cell: TrainCell, is_recomputing: bool, seconds: float
-    ) -> None:
+    def _add_row(self, contender: Contender, cell: TrainCell, mode: str, seconds: float) -> None:
         begin = time.monotonic()
-        step = contender.prepare(cell, is_recomputing)
+        step = contender.prepare(cell, mode)
         watch = contender.optimizer.watch
         for _ in range(WARM_UP_STEPS):
             step()
@@ -140,14 +147,14 @@ class TrainRun:
         left = seconds - (time.monotonic() - begin)
         times = repeated(round_seconds, self.options.repeats, left)
         updates = watch.take_seconds()
-        row = self._row(contender.who, cell, is_recomputing, times, sum(updates) / len(updates))
+        row = self._row(contender.who, cell, mode, times, sum(updates) / len(updates))
         self.table.add(row)
 
     def _row(
         self,
         who: str,
         cell: TrainCell,
-        is_recomputing: bool,
+        mode: str,
         step_seconds: Sequence[float],
         update_seconds: float,
     ) -> Row:
@@ -160,7 +167,7 @@ class TrainRun:
             "step_ms": 1e3 * num_tokens / row.median,
             "update_ms": 1e3 * update_seconds,
             "peak_memory_bytes": peak_memory_bytes(self.device),
-            "checkpointing": "on" if is_recomputing else "off",
+            "checkpointing": mode,
             "accumulate": self.options.accumulate,
         }
         notes = []
@@ -174,8 +181,8 @@ class TrainRun:
             notes.append(f"{row.median / limit:.1%} of peak, {passes:.1%} without the update")
         notes.append(f"{details['step_ms']:.1f} ms a step, {details['update_ms']:.1f} the update")
         notes.append(f"peak {peak_memory_bytes(self.device) / 2**30:.1f} GiB")
-        if is_recomputing:
-            notes.append("layers recomputed")
+        if mode != "off":
+            notes.append(f"{CHECKPOINTING[mode]} recomputed")
         if who != OURS:
             notes.append(self.table.ratio_note(cell.name, row.median, "tok/s"))
         note = "; ".join(part for part in notes if part)
@@ -200,14 +207,14 @@ def our_contender(run: TrainRun) -> Contender:
     options, device = run.options, run.device
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = random_model(run.config, has_mtp=False, dtype=dtype, device=device).train()
-    optimizer = NarrowAdamW(model.parameters(), run.moments)
+    optimizer = BenchOptimizer(model.parameters(), run.moments)
     vocab_size = run.config.vocab_size
 
-    def prepare(cell: TrainCell, is_recomputing: bool) -> Callable[[], object]:
+    def prepare(cell: TrainCell, mode: str) -> Callable[[], object]:
         runtime = RuntimeConfig(
             dtype="float32" if device.type == "cpu" else "bfloat16",
             compile=options.compile,
-            activation_checkpointing=is_recomputing,
+            activation_checkpointing=RUNTIME_MODES[mode],
         )
         # TrainStep calls nothing of its optimiser but `step`.
         trained = cast(TrainOptimizer, optimizer)
@@ -225,6 +232,8 @@ def our_contender(run: TrainRun) -> Contender:
 def peer_contender(run: TrainRun) -> Contender:
     """transformers' model and loss with the same optimiser, without a loss of balance.
 
+    Its layers are recomputed whole in any mode but "off".
+
     Raises:
         ModuleNotFoundError: transformers is not installed.
     """
@@ -239,13 +248,13 @@ def peer_contender(run: TrainRun) -> Contender:
     model: Any = random_peer(run.config, run.device).train()
     describe_peer(run.table, model)
     set_experts(model, "grouped_mm")
-    optimizer = NarrowAdamW(model.parameters(), run.moments)
+    optimizer = BenchOptimizer(model.parameters(), run.moments)
 
-    def prepare(cell: TrainCell, is_recomputing: bool) -> Callable[[], object]:
+    def prepare(cell: TrainCell, mode: str) -> Callable[[], object]:
         # Newer versions call it activation checkpointing.
         is_new = hasattr(model, "activation_checkpointing_enable")
         switch = f"{'activation' if is_new else 'gradient'}_checkpointing_"
-        getattr(model, switch + ("enable" if is_recomputing else "disable"))()
+        getattr(model, switch + ("disable" if mode == "off" else "enable"))()
         generator = torch.Generator().manual_seed(0)
         passes = [
             training_pass(

@@ -61,15 +61,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     train("--train-layers", type=int, default=defaults.train_layers, help="of the model (4)")
     train(
         "--moments",
-        choices=("auto", "8bit", "bf16"),
+        choices=("8bit", "bf16"),
         default=defaults.moments,
-        help="of AdamW; 8bit needs torchao, auto takes it where it is installed",
+        help="of AdamW (8bit)",
     )
     train(
         "--checkpointing",
-        choices=("auto", "on", "off"),
+        choices=("auto", "off", "cheap", "on"),
         default=defaults.checkpointing,
-        help="recompute layers in the backward pass; auto does where memory runs out",
+        help="recompute nothing, norms and gates, or layers in the backward pass; auto: the first "
+        "for which memory is enough",
     )
     train("--accumulate", type=int, default=defaults.accumulate, help="passes per update (1)")
     train("--compile", action="store_true", help="compile the layers with torch.compile")

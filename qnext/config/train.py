@@ -178,6 +178,8 @@ class OptimConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"
     """muon: matrices and experts by Muon; router, embeddings, norms and vectors by AdamW."""
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """Of AdamW. 8bit: blocks of 256 share a scale, and codes are rounded at random."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-10
@@ -217,8 +219,9 @@ class RuntimeConfig:
     """Dtype of the matrix products; weights, moments and gradients are float32 always."""
     compile: bool = False
     """Compile the model's layers and the loss with torch.compile."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping what it needs."""
+    activation_checkpointing: Literal["off", "cheap", "layers"] = "off"
+    """What the backward pass computes again instead of keeping it. cheap: norms, gates and
+    convolutions, but no product and no mixer; not with compile. layers: each layer."""
     tf32: bool = True
     """With bfloat16 on a GPU: float32 products (DeltaNet's chunks) round their inputs to TF32."""
     deterministic: bool = False
@@ -283,5 +286,10 @@ class TrainConfig:
         if self.runtime.compile and self.runtime.dtype != "bfloat16":
             dtype = self.runtime.dtype
             raise ValueError(f"runtime.dtype = {dtype!r}: runtime.compile needs 'bfloat16'")
+        if self.runtime.compile and self.runtime.activation_checkpointing == "cheap":
+            raise ValueError(
+                "runtime.activation_checkpointing = 'cheap': compiled layers decide by themselves "
+                "what to keep; set runtime.compile = false, or 'layers'"
+            )
         if self.max_minutes is not None:
             _require(self.max_minutes > 0, "max_minutes", self.max_minutes, "> 0")

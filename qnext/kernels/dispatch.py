@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from qnext.kernels import recompute
+from qnext.kernels.adamw.reference import adamw_reference
 from qnext.kernels.add_rms_norm.reference import add_rms_norm_reference
 from qnext.kernels.attention import torch as attention_torch_module
 from qnext.kernels.attention.reference import attention_reference
@@ -43,6 +45,7 @@ from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.rotary.reference import rotary_reference
 from qnext.kernels.router.reference import router_reference
+from qnext.kernels.router_stats.reference import router_stats_reference
 from qnext.kernels.sigmoid_gate.reference import sigmoid_gate_reference
 from qnext.kernels.silu_mul.reference import silu_mul_reference
 from qnext.kernels.swiglu.reference import swiglu_reference
@@ -100,7 +103,10 @@ class Op:
             ValueError: the backend named for this op cannot run these inputs.
         """
         kernel = self._choose(*args, **kwargs)
-        return (self.reference if kernel is None else kernel.function)(*args, **kwargs)
+        function = self.reference if kernel is None else kernel.function
+        if recompute.is_active() and self.name in recompute.CHEAP_OPS:
+            return recompute.run(self.name, function, args, kwargs)
+        return function(*args, **kwargs)
 
     def backend_for(self, *args: Any, **kwargs: Any) -> str:
         """Name of the backend that a call with these inputs runs on; raises as the call would."""
@@ -250,6 +256,7 @@ _CPU_ROWS = "fp32 rows on a CPU, no gradients"
 
 _GPU_ROWS = "fp32, bf16 and fp16 on a GPU"
 
+adamw = Op("adamw", adamw_reference, (_triton_kernel("adamw", _GPU_ROWS),))
 rms_norm = Op(
     "rms_norm",
     rms_norm_reference,
@@ -317,6 +324,9 @@ router = Op(
     "router",
     router_reference,
     (_numba_kernel("router", _CPU_ROWS), _triton_kernel("router", _GPU_ROWS)),
+)
+router_stats = Op(
+    "router_stats", router_stats_reference, (_triton_kernel("router_stats", _GPU_ROWS),)
 )
 experts_shared = Op(
     "experts_shared", experts_shared_reference, (_triton_kernel("experts_shared", _GPU_ROWS),)

@@ -94,14 +94,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def _stats(logits: torch.Tensor, ids: torch.Tensor) -> RouterStats:
-    probs = logits.softmax(-1)
-    log_sum = logits.logsumexp(-1)
-    counts = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
-    flat = ids.reshape(-1)
-    counts = counts.scatter_add(0, flat, torch.ones_like(flat, dtype=torch.float32))
-    with torch.no_grad():
-        entropy = log_sum - (probs * logits).sum(-1)
-    return RouterStats(probs.mean(0), counts, log_sum.pow(2).mean(), entropy.mean())
+    return RouterStats(*dispatch.router_stats(logits, ids))
 
 
 def _swiglu(

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from qnext.config.model import ModelConfig
 from qnext.config.train import OptimConfig
+from qnext.kernels.adamw.moments import AdamWRule
+from qnext.train.adamw import AdamWGroup, NarrowAdamW
 from qnext.train.muon import Muon
 
 ParameterKind = Literal["matrix", "router", "norm", "embedding", "head", "plain"]
@@ -198,26 +200,44 @@ class TrainOptimizer:
             if name not in with_muon:
                 is_embedding = kinds[name] in ("embedding", "head")
                 groups.setdefault((is_embedding, kinds[name] in DECAYED_KINDS), []).append(param)
-        self.adamw = torch.optim.AdamW(
+        self.adamw: torch.optim.AdamW | NarrowAdamW
+        if config.moments == "float32":
+            self.adamw = self._wide_adamw(groups)
+        else:
+            self.adamw = NarrowAdamW(
+                [
+                    AdamWGroup(members, *self._rates(is_embedding, is_decayed))
+                    for (is_embedding, is_decayed), members in groups.items()
+                ],
+                AdamWRule(config.beta1, config.beta2, config.eps),
+                config.moments,
+            )
+
+    def _rates(self, is_embedding: bool, is_decayed: bool) -> tuple[Tensor, float]:
+        """Learning rate and weight decay of a group."""
+        lr = self.embedding_lr if is_embedding else self.lr
+        return lr, self.config.weight_decay if is_decayed else 0.0
+
+    def _wide_adamw(self, groups: dict[tuple[bool, bool], list[nn.Parameter]]) -> torch.optim.AdamW:
+        config = self.config
+        rates = {key: self._rates(*key) for key in groups}
+        adamw = torch.optim.AdamW(
             [
-                {
-                    "params": members,
-                    "lr": self.embedding_lr if is_embedding else self.lr,
-                    "weight_decay": config.weight_decay if is_decayed else 0.0,
-                }
-                for (is_embedding, is_decayed), members in groups.items()
+                {"params": members, "lr": rates[key][0], "weight_decay": rates[key][1]}
+                for key, members in groups.items()
             ],
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             fused=True,
         )
-        for group in self.adamw.param_groups:
+        for group in adamw.param_groups:
             for param in group["params"]:
-                self.adamw.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
+                adamw.state[param] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=param.device),
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }
+        return adamw
 
     def set_lr(self, lr: float, muon_lr: float) -> None:
         """Set the learning rates of the next step; they live on the device."""
@@ -246,21 +266,26 @@ class TrainOptimizer:
         if self.muon.params:
             torch._foreach_div_([p.grad for p in self.muon.params if p.grad is not None], scale)
             self.muon.step(self.muon_lr, is_good)
-        # Read by torch's fused AdamW, the way torch.amp.GradScaler hands them over.
-        self.adamw.grad_scale = scale  # type: ignore[attr-defined]
-        self.adamw.found_inf = 1 - is_good  # type: ignore[attr-defined]
-        self.adamw.step()
+        if isinstance(self.adamw, NarrowAdamW):
+            self.adamw.step(scale, is_good)
+        else:
+            # Read by torch's fused AdamW, the way torch.amp.GradScaler hands them over.
+            self.adamw.grad_scale = scale  # type: ignore[attr-defined]
+            self.adamw.found_inf = 1 - is_good  # type: ignore[attr-defined]
+            self.adamw.step()
         self.gradients.zero()
         return StepOutcome(grad_norm=grad_norm, is_applied=is_good)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state by name; the tensors themselves, not copies."""
         tensors = {"guard": self.guard.state, **self.muon.state_tensors()}
-        names = {id(param): name for name, param in zip(self.names, self.params, strict=True)}
+        names = dict(zip(self.params, self.names, strict=True))
+        if isinstance(self.adamw, NarrowAdamW):
+            return tensors | self.adamw.state_tensors(names)
         for group in self.adamw.param_groups:
             for param in group["params"]:
                 for key, value in self.adamw.state[param].items():
-                    tensors[f"adamw.{key}/{names[id(param)]}"] = value
+                    tensors[f"adamw.{key}/{names[param]}"] = value
         return tensors
 
     @torch.no_grad()
@@ -275,7 +300,7 @@ class TrainOptimizer:
         if missing or unexpected:
             raise ValueError(
                 f"optimiser state does not fit: missing {sorted(missing)[:5]}, "
-                f"unexpected {sorted(unexpected)[:5]}; was optimizer.kind changed?"
+                f"unexpected {sorted(unexpected)[:5]}; was optimizer.kind or .moments changed?"
             )
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:

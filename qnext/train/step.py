@@ -5,7 +5,7 @@ asks for them.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qnext.config.train import LossConfig, RuntimeConfig
 from qnext.kernels import dispatch
+from qnext.kernels.grad_sums import adding_to_grads
+from qnext.kernels.recompute import recompute_cheap_ops
 from qnext.model.batch import ForwardBatch
 from qnext.model.moe import RouterStats
 from qnext.model.quantized import refuse_quantised
@@ -157,6 +159,7 @@ class TrainStep:
         self.balance_weight = model.config.router_aux_loss_coef if weight is None else weight
         self.compute_dtype = torch.bfloat16 if runtime.dtype == "bfloat16" else None
         self._training_forwards = _wrapped_forwards(model, runtime)
+        self.is_cheap_recomputed = runtime.activation_checkpointing == "cheap"
         # Pairs per expert since the last routing report, and the last step's mean probabilities.
         self.expert_counts: Tensor | None = None
         self.mean_probs: Tensor | None = None
@@ -220,7 +223,8 @@ class TrainStep:
                     balance = balance_loss(mean_probs, counts)
                     losses[2] = balance.mean() * share
                     losses[3] = losses[3] + self.balance_weight * share * balance.sum()
-                losses[3].backward()
+                with adding_to_grads():
+                    losses[3].backward()
                 sums += torch.stack([value.detach() for value in losses])
             self._remember(counts, mean_probs)
         outcome = self.optimizer.step(sums[3])
@@ -233,15 +237,20 @@ class TrainStep:
         """Return [loss, mtp_loss, 0, total without balance], and the routers' p and counts."""
         stats: list[RouterStats] = []
         model, weight = self.model, self.model.head_weight
+        cheap = recompute_cheap_ops if self.is_cheap_recomputed else nullcontext
         # Read once here, so that compiled layers find it ready.
         _ = micro.batch.local_positions
-        hidden = model(micro.batch, router_stats=stats)
+        with cheap():
+            hidden = model(micro.batch, router_stats=stats)
         z_weight = self.loss.z_loss
         total, loss, _ = dispatch.linear_cross_entropy(hidden, weight, micro.targets[0], z_weight)
         total, loss = total / num_targets[0], loss / num_targets[0]
         mtp_loss = torch.zeros_like(loss)
         if self.num_mtp_steps:
-            drafts = model.mtp_hidden(hidden, micro.batch, self.num_mtp_steps, router_stats=stats)
+            with cheap():
+                drafts = model.mtp_hidden(
+                    hidden, micro.batch, self.num_mtp_steps, router_stats=stats
+                )
             for step, draft in enumerate(drafts, start=1):
                 targets = micro.targets[step]
                 part, plain, _ = dispatch.linear_cross_entropy(draft, weight, targets)
@@ -296,7 +305,7 @@ class TrainStep:
 def _wrapped_forwards(model: Qwen3Next, runtime: RuntimeConfig) -> list[tuple[Any, Any]]:
     """Return each layer with the forward that training runs."""
     layers: list[Any] = [*model.layers, *([model.mtp.layer] if model.mtp is not None else [])]
-    if not runtime.compile and not runtime.activation_checkpointing:
+    if not runtime.compile and runtime.activation_checkpointing != "layers":
         return []
     wrapped = []
     for layer in layers:
@@ -304,7 +313,7 @@ def _wrapped_forwards(model: Qwen3Next, runtime: RuntimeConfig) -> list[tuple[An
         if runtime.compile:
             # Layers of a kind share one compilation: their parameters are inputs to it.
             forward = torch.compile(forward, dynamic=False)
-        if runtime.activation_checkpointing:
+        if runtime.activation_checkpointing == "layers":
             forward = partial(checkpoint, forward, use_reentrant=False)
         wrapped.append((layer, forward))
     return wrapped

@@ -11,7 +11,7 @@ from qnext.bench.budget import Budget, repeated
 from qnext.bench.cells import Cell
 from qnext.bench.kernels import checkout_root, op_names, run_op
 from qnext.bench.models import bench_config, random_model
-from qnext.bench.optimizer import NarrowAdamW
+from qnext.bench.optimizer import BenchOptimizer
 from qnext.bench.options import SERVE_CELLS, BenchOptions
 from qnext.bench.report import Row, Table
 from qnext.bench.train import TrainCell, make_micro_batch, packed_tokens
@@ -148,14 +148,14 @@ def test_documents_of_a_step_predict_nothing_across_their_borders():
 
 def test_the_narrow_optimizer_clips_and_skips_what_is_not_finite():
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimizer = NarrowAdamW([weight], "bf16")
+    optimizer = BenchOptimizer([weight], "bf16")
     for value, is_applied in ((100.0, 1.0), (float("nan"), 0.0)):
         weight.grad = torch.full_like(weight, value)
         outcome = optimizer.step(torch.tensor(1.0))
         assert float(outcome.is_applied) == is_applied
         assert weight.grad is None
         assert weight.isfinite().all()
-    assert optimizer.adamw.state[weight]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.adamw.moments[weight].mean.dtype == torch.bfloat16
     assert len(optimizer.watch.take_seconds()) == 2
 
 

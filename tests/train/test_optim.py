@@ -6,6 +6,7 @@ from qnext.config.presets import preset
 from qnext.config.train import OptimConfig
 from qnext.train.muon import Muon, orthogonalize
 from qnext.train.optim import SpikeGuard, TrainOptimizer, logical_rows, parameter_kind
+from tests.train.tiny import random_micro, tiny_model, tiny_step
 
 NANO = preset("nano")
 
@@ -203,3 +204,21 @@ def test_a_state_of_another_optimizer_is_refused():
     muon = TrainOptimizer(small_params(), NANO, OptimConfig(kind="muon"))
     with pytest.raises(ValueError, match=r"optimizer\.kind"):
         muon.load_state_tensors(adamw.state_tensors())
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
+def test_narrow_moments_move_weights_nearly_as_wide_ones_and_survive_a_checkpoint(moments):
+    ends = {}
+    for kind in ("float32", moments):
+        model = tiny_model()
+        step = tiny_step(model, OptimConfig(moments=kind))
+        step.optimizer.set_lr(1e-2, 1e-2)
+        losses = [float(step.run([random_micro(1)]).loss) for _ in range(12)]
+        ends[kind] = losses[-1]
+    assert losses[-1] < losses[0] - 0.5
+    assert abs(ends[moments] - ends["float32"]) < 0.1
+    other = tiny_step(tiny_model(), OptimConfig(moments=moments)).optimizer
+    saved = {name: value.clone() for name, value in step.optimizer.state_tensors().items()}
+    other.load_state_tensors(saved)
+    for name, value in other.state_tensors().items():
+        assert torch.equal(value, saved[name]), name

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from qnext.config.train import OptimConfig, RuntimeConfig
 from qnext.model.batch import ForwardBatch
 from qnext.train.optim import DECAYED_KINDS, parameter_kind
-from qnext.train.step import TrainStep, balance_loss, shifted_targets
+from qnext.train.step import TrainStep, _wrapped_forwards, balance_loss, shifted_targets
 from tests.train.tiny import random_micro, tiny_model, tiny_step
 
 
@@ -161,16 +161,42 @@ def test_a_tiny_corpus_is_learnt_by_heart(kind):
     assert metrics.is_applied == 1
 
 
-def test_activation_checkpointing_changes_no_gradient(monkeypatch):
+@pytest.mark.parametrize("kind", ["cheap", "layers"])
+def test_activation_checkpointing_changes_no_gradient(monkeypatch, kind):
     results = []
-    for is_on in (False, True):
+    for mode in ("off", kind):
         model = tiny_model()
         plain = tiny_step(model)
-        runtime = RuntimeConfig(dtype="float32", activation_checkpointing=is_on)
+        runtime = RuntimeConfig(dtype="float32", activation_checkpointing=mode)
         train_step = TrainStep(model, plain.optimizer, plain.loss, runtime)
         results.append(gradients_of(train_step, [random_micro(1)], monkeypatch))
     for name, grad in results[0].items():
         torch.testing.assert_close(results[1][name], grad, rtol=1e-5, atol=1e-8, msg=name)
+
+
+@pytest.mark.gpu
+def test_cheap_checkpointing_keeps_less_memory_and_the_same_gradients_on_a_gpu():
+    device = torch.device("cuda")
+    kept, grads = {}, {}
+    for mode in ("off", "cheap", "layers"):
+        model = tiny_model(hidden_size=256).to(device).bfloat16()
+        micro = random_micro(1, (4000, 96), row_tokens=4096).to(device)
+        step = tiny_step(tiny_model())
+        step.model, step.is_cheap_recomputed = model, mode == "cheap"
+        if mode == "layers":
+            runtime = RuntimeConfig(activation_checkpointing="layers")
+            step._training_forwards = _wrapped_forwards(model, runtime)
+        with step.training_mode():
+            model.compute_dtype = None
+            before = torch.cuda.memory_allocated()
+            losses, _, _ = step._forward(micro, list(micro.num_targets))
+            kept[mode] = torch.cuda.memory_allocated() - before
+            losses[3].backward()
+        grads[mode] = {name: param.grad for name, param in model.named_parameters()}
+    assert kept["layers"] < kept["cheap"] < 0.85 * kept["off"], kept
+    for name, grad in grads["off"].items():
+        difference = (grads["cheap"][name] - grad).float().norm()
+        assert difference <= 1e-3 * grad.float().norm(), name
 
 
 def test_bfloat16_runs_near_float32_and_keeps_float32_masters(monkeypatch):

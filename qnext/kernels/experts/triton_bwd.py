@@ -37,6 +37,7 @@ def experts_bwd(
     table: PairTable,
     config: ExpertsConfig,
     needs: tuple[bool, bool, bool, bool],
+    sums: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> ExpertsGrads:
     """All gradients of the op; sums run in fp32 and in a fixed order.
 
@@ -45,6 +46,7 @@ def experts_bwd(
         gate_up, down: of any float dtype, which their gradients have too.
         pre: outputs of gate and up at sorted positions, from the forward pass. [T * A, 2I]
         needs: which of x, gate_up, down and top_weights want a gradient.
+        sums: where to add the gradients of gate_up and down; those are then not returned.
     """
     grad = grad.contiguous()
     num_active = top_weights.shape[1]
@@ -60,12 +62,14 @@ def experts_bwd(
         x_grad = combine(slots, table.inverse, num_active)
     if needs[1]:
         gate_up_grad = weight_grad(
-            pre_grad, x, gate_up, table, num_active, config.weight_grad, gathers_left=False
-        )
+            pre_grad, x, gate_up, table, num_active, config.weight_grad, gathers_left=False,
+            total=sums[0],
+        )  # fmt: skip
     if needs[2]:
         down_grad = weight_grad(
-            grad, weighted, down, table, num_active, config.weight_grad, gathers_left=True
-        )
+            grad, weighted, down, table, num_active, config.weight_grad, gathers_left=True,
+            total=sums[1],
+        )  # fmt: skip
     if needs[3]:
         top_grad = weight_parts.sum(1).view_as(top_weights).to(top_weights.dtype)
     return ExpertsGrads(x_grad, gate_up_grad, down_grad, top_grad)
@@ -99,16 +103,17 @@ def hidden_grad(
 
 def weight_grad(
     left: torch.Tensor, right: torch.Tensor, weight: torch.Tensor, table: PairTable,
-    num_active: int, tile: WeightTile, gathers_left: bool,
-) -> torch.Tensor:  # fmt: skip
+    num_active: int, tile: WeightTile, gathers_left: bool, total: torch.Tensor | None = None,
+) -> torch.Tensor | None:  # fmt: skip
     """Sum over each expert's pairs of left (outer) right, of the weight's shape and dtype.
 
     Args:
         gathers_left: left has a row per token and right one per sorted position; else the
             other way round.
+        total: add to this one, rounding once, and return None.
     """
     num_experts, num_rows, num_columns = weight.shape
-    out = torch.empty_like(weight)
+    out = torch.empty_like(weight) if total is None else total
     grid = (
         triton.cdiv(num_rows, tile.block_m) * triton.cdiv(num_columns, tile.block_n) * num_experts,
     )
@@ -116,10 +121,10 @@ def weight_grad(
         left, right, table.order, table.starts, out,
         M=num_rows, N=num_columns, A=num_active,
         BM=tile.block_m, BN=tile.block_n, BK=tile.block_k,
-        GATHERS_LEFT=gathers_left, PRECISION=precision_of(right),
+        GATHERS_LEFT=gathers_left, ADDS=total is not None, PRECISION=precision_of(right),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return out
+    return out if total is None else None
 
 
 @triton.jit
@@ -222,9 +227,9 @@ def experts_weight_bwd_kernel(
     p_left: "Any", p_right: "Any", p_order: "Any", p_starts: "Any", p_out: "Any",
     M: tl.constexpr, N: tl.constexpr, A: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GATHERS_LEFT: tl.constexpr, PRECISION: tl.constexpr,
+    GATHERS_LEFT: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One block of one expert's weight gradient; an expert without rows gets zeros."""
+    """One block of one expert's weight gradient; an expert without rows gets zeros, or is left."""
     NUM_M: tl.constexpr = (M + BM - 1) // BM
     NUM_N: tl.constexpr = (N + BN - 1) // BN
     expert = tl.program_id(0) // (NUM_M * NUM_N)
@@ -233,6 +238,9 @@ def experts_weight_bwd_kernel(
     o_n = i_block % NUM_N * BN + tl.arange(0, BN)
     start = tl.load(p_starts + expert)
     end = tl.load(p_starts + expert + 1)
+    if ADDS:
+        if start == end:
+            return
     b_out = tl.zeros([BM, BN], dtype=tl.float32)
     for p in range(start, end, BK):
         o_p = p + tl.arange(0, BK)
@@ -248,4 +256,6 @@ def experts_weight_bwd_kernel(
         b_out = tl.dot(b_left.T, b_right, b_out, input_precision=PRECISION)
     p_block = p_out + expert.to(tl.int64) * M * N + o_m[:, None] * N + o_n[None, :]
     mask = (o_m < M)[:, None] & (o_n < N)[None, :]
+    if ADDS:
+        b_out += tl.load(p_block, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_block, b_out.to(p_out.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ from qnext.kernels.experts.triton_fp8 import experts_fp8_held, held_supports
 from qnext.kernels.experts.triton_products import combine, multiply_rows, multiply_up
 from qnext.kernels.experts.triton_sort import PairTable, sort_pairs, tile_room
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
+from qnext.kernels.grad_sums import leaf_of, sum_to_extend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -202,6 +203,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     x, gate_up, down, top_weights, _, shared, shared_gate, _, row_stable = inputs
     ctx.set_materialize_grads(False)
     ctx.row_stable = row_stable
+    ctx.leaves = (leaf_of(gate_up), leaf_of(down))
     ctx.save_for_backward(x, gate_up, down, top_weights, shared, shared_gate, *output[1:])
 
 
@@ -211,7 +213,17 @@ def _autograd(ctx: Any, grad: torch.Tensor | None, *_unused: None) -> tuple[Any,
     x, gate_up, down, top_weights, shared, shared_gate, pre, *table = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
     grads: list[torch.Tensor | None] = [None] * 4
-    if any(needs[:4]):
+    sums = (sum_to_extend(ctx.leaves[0]), sum_to_extend(ctx.leaves[1]))
+    if any(total is not None for total in sums) and x.shape[0]:
+        # Not an op of torch.library, which may not write to what autograd does not know of.
+        config = config_for(x, top_weights.shape[1], down.shape[0], down.shape[2], ctx.row_stable)
+        grads = list(
+            experts_bwd(
+                grad.to(x.dtype), x.contiguous(), gate_up, down, top_weights.contiguous(), pre,
+                PairTable(*table), config, (needs[0], needs[1], needs[2], needs[3]), sums,
+            )
+        )  # fmt: skip
+    elif any(needs[:4]):
         made = torch.ops.qnext.experts_grouped_backward(
             grad, x, gate_up, down, top_weights, pre, table, needs[:4], ctx.row_stable
         )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
+from qnext.kernels.grad_sums import leaf_of, sum_to_extend
 from qnext.kernels.int8_rows import widened
 
 IGNORED = -100
@@ -96,13 +97,21 @@ def linear_cross_entropy_fwd_kernel(
 
 @triton.jit
 def linear_cross_entropy_scale_kernel(
-    p_x: tl.tensor, p_factor: tl.tensor, p_y: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr
+    p_x: tl.tensor,
+    p_factor: tl.tensor,
+    p_y: tl.tensor,
+    size: tl.tensor,
+    ADDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    """y = x * factor: multiplied in fp32, rounded once."""
+    """y = x * factor, or y += x * factor: in fp32, rounded once."""
     o_x = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor = tl.load(p_factor).to(tl.float32)
     b_x = tl.load(p_x + o_x, mask=o_x < size, other=0.0).to(tl.float32)
-    tl.store(p_y + o_x, (b_x * factor).to(p_y.dtype.element_ty), mask=o_x < size)
+    b_x *= factor
+    if ADDS:
+        b_x += tl.load(p_y + o_x, mask=o_x < size, other=0.0).to(tl.float32)
+    tl.store(p_y + o_x, b_x.to(p_y.dtype.element_ty), mask=o_x < size)
 
 
 def loss_fwd(
@@ -126,12 +135,16 @@ def loss_fwd(
     )  # fmt: skip
 
 
-def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x times a scalar on the device, in dtype, without a wide copy."""
-    out = torch.empty_like(x, dtype=dtype)
+def scaled(
+    x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, total: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """x times a scalar on the device, in dtype, without a wide copy; None when added to total."""
+    out = torch.empty_like(x, dtype=dtype) if total is None else total
     grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
-    linear_cross_entropy_scale_kernel[grid](x, factor, out, x.numel(), BLOCK=SCALE_BLOCK)
-    return out
+    linear_cross_entropy_scale_kernel[grid](
+        x, factor, out, x.numel(), ADDS=total is not None, BLOCK=SCALE_BLOCK
+    )
+    return out if total is None else None
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, is_first: bool) -> None:
@@ -191,6 +204,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 add_product(grad_weight, logits.t(), hidden[own], is_first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.leaf = leaf_of(weight)
         total, loss = losses.sum(1).unbind()
         ctx.mark_non_differentiable(loss)
         return total, loss
@@ -199,9 +213,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(
         ctx: Any, grad_total: torch.Tensor, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        totals = (None, sum_to_extend(ctx.leaf))
         grads = [
-            None if grad is None else scaled(grad, grad_total, dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if grad is None else scaled(grad, grad_total, dtype, total)
+            for grad, dtype, total in zip(ctx.saved_tensors, ctx.dtypes, totals, strict=True)
         ]
         return grads[0], grads[1], None, None
 
