@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ from qnext.train.step import MicroBatch, TrainStep
 FASTEST = "fastest"  # what dispatch chooses by itself
 DTYPES = ("float32", "bfloat16")
 LEARNING_RATE, WARM_UP_STEPS = 2e-3, 20
-SMALL_SIZES = {
+SMALL_SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -80,7 +81,7 @@ def curve_config(*, is_small: bool) -> ModelConfig:
 def make_batches(
     config: ModelConfig, steps: int, num_tokens: int, num_mtp_steps: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Walks over a random graph of words, where each word has four that may follow, packed unevenly.
+    """Walks over a random graph of words, four of which may follow each, packed unevenly.
 
     There is something to learn, at once and bit for bit the same on every machine.
     """

@@ -1,6 +1,7 @@
 """Shared fixtures: where the data lies, quiet threads, and GPU tests that skip with a reason."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # Read by OpenMP and by the tokenizers library when they first start, so set before any import.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if find_spec("triton"):
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,11 @@
 """Who runs next: waiting and running sequences, their pages and their state slots. No torch.
 
-A step is either some tokens of prompts or one window of every running sequence. Prompts go first, in
-the order of their admission. Where a step holds one prompt, it is read alone and in chunks of a fixed
-size, so that its arithmetic does not depend on company; where it holds many, each step is filled up
-with the next ones. Pages are given out as sequences grow. When none is free, the youngest sequence is
-preempted: it gives everything back, waits at the head of the line, and is computed again from its
-prompt.
+A step is either some tokens of prompts or one window of every running sequence. Prompts go first,
+in the order of their admission. Where a step holds one prompt, it is read alone and in chunks of a
+fixed size, so that its arithmetic does not depend on company; where it holds many, each step is
+filled up with the next ones. Pages are given out as sequences grow. When none is free, the youngest
+sequence is preempted: it gives everything back, waits at the head of the line, and is computed
+again from its prompt.
 """
 
 from collections import deque

@@ -124,9 +124,7 @@ def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[torch.T
         numbers[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view("u1")
     there = host.to(device, non_blocking=True)
     return [
-        there[start : start + array.nbytes]
-        .view(getattr(torch, array.dtype.name))
-        .view(array.shape)
+        there[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
         for array, start in parts
     ]
 

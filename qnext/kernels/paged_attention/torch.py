@@ -102,7 +102,8 @@ def _packed(
         k, v = (pool[rows.slots] for pool in pools)  # [sum of key_lens, Hkv, D]
     if is_first and len(rows.key_lens) == 1:
         # The public function has a faster kernel for this case than FlashAttention.
-        heads = _block(*(x.transpose(0, 1)[None] for x in (q[:num_rows], k, v)), 0, scale)
+        query, key, value = (x.transpose(0, 1)[None] for x in (q[:num_rows], k, v))
+        heads = _block(query, key, value, 0, scale)
     else:
         heads = _flash(q[:num_rows], k, v, rows, scale)
     extra = q.shape[0] - num_rows
