@@ -25,7 +25,7 @@ from qnext.kernels.attention_inputs.reference import attention_inputs_reference
 from qnext.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_reference
 from qnext.kernels.decide_token.reference import decide_token_reference
-from qnext.kernels.decode_step.reference import decode_step_reference
+from qnext.kernels.decode_step.reference import DecodeStep, WindowRows, decode_step_reference
 from qnext.kernels.delta_inputs.reference import delta_inputs_reference
 from qnext.kernels.experts import torch as experts_torch_module
 from qnext.kernels.experts.reference import experts_reference
@@ -90,11 +90,16 @@ class Op:
     """An op with its reference and its faster kernels, fastest first."""
 
     def __init__(
-        self, name: str, reference: Callable[..., Any], kernels: tuple[Kernel, ...] = ()
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        kernels: tuple[Kernel, ...] = (),
+        device_of: Callable[..., torch.device] | None = None,
     ) -> None:
         self.name = name
         self.reference = reference
         self.kernels = kernels
+        self.device_of = device_of  # where a call's rows are; None if its first argument holds them
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the op on the chosen backend.
@@ -122,8 +127,7 @@ class Op:
         named = _named.get(self.name) or _named.get("*")
         if named == "reference":
             return None
-        first = args[0] if args else None
-        device_type = first.device.type if isinstance(first, torch.Tensor) else ""
+        device_type = self._device_type(*args, **kwargs)
         for kernel in self.kernels:
             if named is None:
                 if kernel.skipped_device == device_type:
@@ -137,6 +141,12 @@ class Op:
                 raise ValueError(f"{self.name}: backend {named} cannot run: {reason}")
             self._warn(kernel.backend, reason)
         return None
+
+    def _device_type(self, *args: Any, **kwargs: Any) -> str:
+        if self.device_of is not None:
+            return self.device_of(*args, **kwargs).type
+        first = args[0] if args else None
+        return first.device.type if isinstance(first, torch.Tensor) else ""
 
     def _warn(self, backend: str, reason: str) -> None:
         if (self.name, reason) in _warned or torch.compiler.is_compiling():
@@ -298,15 +308,20 @@ decide_token = Op(
     decide_token_reference,
     (_numba_kernel("decide_token", "rows on the host", False),),
 )
+
+
+def _device_of_step(step: DecodeStep, rows: WindowRows) -> torch.device:
+    return step.keys.device
+
+
 decode_step = Op(
     "decode_step",
     decode_step_reference,
     (
         _numba_kernel("decode_step"),
-        _triton_kernel(
-            "decode_step", "windows on a GPU", device_of=lambda step, rows: step.keys.device
-        ),
+        _triton_kernel("decode_step", "windows on a GPU", device_of=_device_of_step),
     ),
+    device_of=_device_of_step,
 )
 linear_cross_entropy = Op(
     "linear_cross_entropy",

@@ -195,8 +195,9 @@ def test_cheap_checkpointing_keeps_less_memory_and_the_same_gradients_on_a_gpu()
         grads[mode] = {name: param.grad for name, param in model.named_parameters()}
     assert kept["layers"] < kept["cheap"] < 0.85 * kept["off"], kept
     for name, grad in grads["off"].items():
+        # Sums of bf16 gradients that a GPU adds in another order each time: an embedding's, say.
         difference = (grads["cheap"][name] - grad).float().norm()
-        assert difference <= 1e-3 * grad.float().norm(), name
+        assert difference <= 1e-2 * grad.float().norm(), name
 
 
 def test_bfloat16_runs_near_float32_and_keeps_float32_masters(monkeypatch):

@@ -26,7 +26,6 @@ COLUMNS = 64  # of values in a program, the rows of a product: 16 for each of 4 
 def copy_chunk(
     tiles: tl.tuple, pointers: tl.tuple, i_stage: tl.tensor, i_c: tl.tensor, rows: tl.tensor,
     HV: gl.constexpr, STRIDE_K: gl.constexpr, STRIDE_Q: gl.constexpr, STRIDE_V: gl.constexpr,
-    HAS_OUT: gl.constexpr,
 ) -> None:  # fmt: skip
     """Start copying chunk i_c, of `rows` tokens, as one group; of none, nothing is read.
 
@@ -38,9 +37,8 @@ def copy_chunk(
     copy_rows(tiles[2].index(i_stage), pointers[2] + i_x * STRIDE_V, STRIDE_V, rows, 64)
     copy_decay(tiles[5].index(i_stage), pointers[5] + i_x * (HV * 5), rows)
     copy_rows(tiles[3].index(i_stage), pointers[3] + i_x * (HV * 64), 64, whole, 64)
-    if HAS_OUT:
-        copy_rows(tiles[1].index(i_stage), pointers[1] + i_x * STRIDE_Q, STRIDE_Q, rows, 128)
-        copy_rows(tiles[4].index(i_stage), pointers[4] + i_x * (HV * 64), 64, whole, 64)
+    copy_rows(tiles[1].index(i_stage), pointers[1] + i_x * STRIDE_Q, STRIDE_Q, rows, 128)
+    copy_rows(tiles[4].index(i_stage), pointers[4] + i_x * (HV * 64), 64, whole, 64)
     async_copy.commit_group()
 
 
@@ -93,8 +91,6 @@ def gated_delta_rule_gluon_fwd_kernel(
     p_initial: tl.tensor,
     p_out: tl.tensor,
     p_final: tl.tensor,
-    p_change: tl.tensor,
-    p_states: tl.tensor,
     STRIDE_Q: gl.constexpr,
     STRIDE_K: gl.constexpr,
     STRIDE_V: gl.constexpr,
@@ -103,13 +99,11 @@ def gated_delta_rule_gluon_fwd_kernel(
     V: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_START: gl.constexpr,
-    HAS_OUT: gl.constexpr,
     HAS_FINAL: gl.constexpr,
-    HAS_STATES: gl.constexpr,
 ) -> None:
     """As `gated_delta_rule_fwd_kernel`, for 64 value columns in a program.
 
-    A chunk's outputs and E are stored while the next chunk's lookup runs.
+    A chunk's outputs are stored while the next chunk's lookup runs.
     """
     K: gl.constexpr = 128
     BT: gl.constexpr = 64
@@ -131,16 +125,11 @@ def gated_delta_rule_gluon_fwd_kernel(
         p_k, p_q, p_v, p_inverse, p_scores, p_decay, row, i_slot, i_h, i_v,
         HK, HV, V, STRIDE_K, STRIDE_Q, STRIDE_V,
     )  # fmt: skip
-    p_states += (i_slot * HV + i_h) * (K * V) + i_v * 64
     p_out += (row * HV + i_h) * V + i_v * 64
-    p_change += (row * HV + i_h) * V + i_v * 64
 
     tiles = chunk_tiles(dtype, STAGES)
     s_k, s_q, s_v, s_inverse, s_scores, _, s_decay = tiles
-    # Outputs, E and state on their way out.
-    s_out = gl.allocate_shared_memory(dtype, [BT, 64], TILE)
-    s_change = gl.allocate_shared_memory(dtype, [BT, 64], TILE)
-    s_state = gl.allocate_shared_memory(dtype, [K, 64], TILE)
+    s_out = gl.allocate_shared_memory(dtype, [BT, 64], TILE)  # outputs on their way out
 
     o_v = gl.arange(0, 64, gl.SliceLayout(1, STATE))[:, None]
     o_k = gl.arange(0, K, gl.SliceLayout(0, STATE))[None, :]
@@ -154,12 +143,11 @@ def gated_delta_rule_gluon_fwd_kernel(
     for i_c in gl.static_range(STAGES - 1):
         copy_chunk(
             tiles, pointers, i_c, gl.to_tensor(i_c), length - i_c * BT,
-            HV, STRIDE_K, STRIDE_Q, STRIDE_V, HAS_OUT,
+            HV, STRIDE_K, STRIDE_Q, STRIDE_V,
         )  # fmt: skip
 
     i_now = 0
     b_out = zeros.to(dtype)
-    b_change = gl.convert_layout(b_out, LEFT)
     for i_c in range((length + BT - 1) // BT):
         async_copy.wait_group(STAGES - 2)
         hopper.fence_async_shared()
@@ -168,22 +156,14 @@ def gated_delta_rule_gluon_fwd_kernel(
         b_z = hopper.warpgroup_mma(
             b_rounded, b_k.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
-        if HAS_STATES:
-            s_state.permute((1, 0)).store(gl.convert_layout(b_rounded, STATE))
-            s_change.permute((1, 0)).store(gl.convert_layout(b_change, TOKENS))
-        if HAS_OUT:
-            s_out.permute((1, 0)).store(b_out)
+        s_out.permute((1, 0)).store(b_out)
         i_later = i_c + STAGES - 1
         i_next = gl.where(i_now == 0, STAGES - 1, i_now - 1)  # the oldest chunk's place
         copy_chunk(
             tiles, pointers, i_next, i_later, length - i_later * BT,
-            HV, STRIDE_K, STRIDE_Q, STRIDE_V, HAS_OUT,
+            HV, STRIDE_K, STRIDE_Q, STRIDE_V,
         )  # fmt: skip
-        if HAS_STATES:
-            store_rows(p_states, s_state, V, K, K)
-            store_rows(p_change - BT * HV * V, s_change, HV * V, gl.minimum(i_c * BT, BT), BT)
-        if HAS_OUT:
-            store_rows(p_out - BT * HV * V, s_out, HV * V, gl.minimum(i_c * BT, BT), BT)
+        store_rows(p_out - BT * HV * V, s_out, HV * V, gl.minimum(i_c * BT, BT))
         b_v = s_v.index(i_now).permute((1, 0)).load(TOKENS)
         b_from_start = s_decay.index(i_now * 4).load(ALONG_T)[None, :]
         b_z, b_rounded = hopper.warpgroup_mma_wait(0, deps=[b_z, b_rounded])
@@ -192,42 +172,31 @@ def gated_delta_rule_gluon_fwd_kernel(
         b_e = hopper.warpgroup_mma(
             b_z, s_inverse.index(i_now).permute((1, 0)), zeros, use_acc=False, is_async=True
         )
-        if HAS_OUT:
-            b_o = hopper.warpgroup_mma(
-                b_rounded, s_q.index(i_now).permute((1, 0)), zeros, use_acc=False, is_async=True
-            )
+        b_o = hopper.warpgroup_mma(
+            b_rounded, s_q.index(i_now).permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
         b_write = s_decay.index(i_now * 4 + 2).load(ALONG_T)[None, :]
         through = s_decay.index(i_now * 4).slice(BT - 1, 1).load(gl.SliceLayout(0, STATE))
         b_state *= through[None, :]
-        b_e, b_z = hopper.warpgroup_mma_wait(1 if HAS_OUT else 0, deps=[b_e, b_z])
+        b_e, b_z = hopper.warpgroup_mma_wait(1, deps=[b_e, b_z])
         b_written = gl.convert_layout((b_e * b_write).to(dtype), LEFT_STATE)
         b_state = hopper.warpgroup_mma(b_written, b_k, b_state, is_async=True)
         b_change = gl.convert_layout(b_e.to(dtype), LEFT)
-        if HAS_OUT:
-            b_o, b_rounded = hopper.warpgroup_mma_wait(1, deps=[b_o, b_rounded])
-            b_o = hopper.warpgroup_mma(
-                b_change, s_scores.index(i_now).permute((1, 0)), b_o * b_from_start, is_async=True
-            )
-        b_state, b_written = hopper.warpgroup_mma_wait(
-            1 if HAS_OUT else 0, deps=[b_state, b_written]
+        b_o, b_rounded = hopper.warpgroup_mma_wait(1, deps=[b_o, b_rounded])
+        b_o = hopper.warpgroup_mma(
+            b_change, s_scores.index(i_now).permute((1, 0)), b_o * b_from_start, is_async=True
         )
+        b_state, b_written = hopper.warpgroup_mma_wait(1, deps=[b_state, b_written])
         b_rounded = gl.convert_layout(b_state.to(dtype), LEFT)
-        if HAS_OUT:
-            b_o, b_change = hopper.warpgroup_mma_wait(0, deps=[b_o, b_change])
-            b_out = b_o.to(dtype)
+        b_o, b_change = hopper.warpgroup_mma_wait(0, deps=[b_o, b_change])
+        b_out = b_o.to(dtype)
         i_now = gl.where(i_now == STAGES - 1, 0, i_now + 1)
-        p_states += HV * K * V
         p_out += BT * HV * V
-        p_change += BT * HV * V
 
     async_copy.wait_group(0)
     rest = gl.where(length > 0, (length - 1) % BT + 1, 0)
-    if HAS_STATES:
-        s_change.permute((1, 0)).store(gl.convert_layout(b_change, TOKENS))
-        store_rows(p_change - BT * HV * V, s_change, HV * V, rest, BT)
-    if HAS_OUT:
-        s_out.permute((1, 0)).store(b_out)
-        store_rows(p_out - BT * HV * V, s_out, HV * V, rest, BT)
+    s_out.permute((1, 0)).store(b_out)
+    store_rows(p_out - BT * HV * V, s_out, HV * V, rest)
     if HAS_FINAL:
         p_end = p_final + (hidden(i_n).to(gl.int64) * HV + i_h) * (K * V) + i_v * 64
         gl.store(p_end + (o_k * V + o_v), b_state)
@@ -237,23 +206,20 @@ def scan_gluon(
     inputs: Inputs,
     chunks: Chunks,
     initial_state: torch.Tensor | None,
-    *,
-    out: torch.Tensor | None,
+    out: torch.Tensor,
     final: torch.Tensor | None,
-    change: torch.Tensor | None,
-    states: torch.Tensor | None,
 ) -> None:
-    """Launch the scan; it writes those of out, final, and change with states that are given."""
+    """Launch the scan, which writes out and, if it is given, final."""
     num_key_heads, num_heads, _, value_dim = inputs.sizes
-    q, k, v = inputs.q if inputs.q is not None else inputs.k, inputs.k, inputs.v
+    q, k, v = inputs.q, inputs.k, inputs.v
+    assert q is not None, "outputs without queries"
 
     def given(x: torch.Tensor | None) -> torch.Tensor:
         return v if x is None else x  # a pointer that the kernel never follows
 
     gated_delta_rule_gluon_fwd_kernel[(value_dim // COLUMNS * num_heads * inputs.num_seqs,)](
         *(q, k, v, chunks.inverse, chunks.scores, chunks.decay),
-        *(inputs.cu_seqlens, chunks.first, given(initial_state)),
-        *(given(out), given(final), given(change), given(states)),
+        *(inputs.cu_seqlens, chunks.first, given(initial_state), out, given(final)),
         STRIDE_Q=q.stride(0),
         STRIDE_K=k.stride(0),
         STRIDE_V=v.stride(0),
@@ -262,8 +228,6 @@ def scan_gluon(
         V=value_dim,
         STAGES=STAGES,
         HAS_START=initial_state is not None,
-        HAS_OUT=out is not None,
         HAS_FINAL=final is not None,
-        HAS_STATES=states is not None,
         num_warps=4,
     )

@@ -36,12 +36,11 @@ def copy_decay(tile: gl.shared_memory_descriptor, p_decay: tl.tensor, rows: tl.t
 
 @gluon.jit
 def store_rows(
-    p_rows: tl.tensor, tile: gl.shared_memory_descriptor, stride: gl.constexpr, rows: tl.tensor,
-    B: gl.constexpr,
-) -> None:  # fmt: skip
-    """Store the first `rows` of a tile's B rows of 64 values."""
+    p_rows: tl.tensor, tile: gl.shared_memory_descriptor, stride: gl.constexpr, rows: tl.tensor
+) -> None:
+    """Store the first `rows` of a tile's 64 rows of 64 values."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    o_r = gl.arange(0, B, gl.SliceLayout(1, ROWS))[:, None]
+    o_r = gl.arange(0, 64, gl.SliceLayout(1, ROWS))[:, None]
     o_v = gl.arange(0, 64, gl.SliceLayout(0, ROWS))[None, :]
     o_x = o_r.to(gl.int64) * stride + o_v
     gl.store(p_rows + o_x, tile.load(ROWS), mask=(o_r < rows) & (o_v >= 0))

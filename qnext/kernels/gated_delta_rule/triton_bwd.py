@@ -15,16 +15,7 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     decay_between,
     product,
 )
-from qnext.kernels.gated_delta_rule.triton_scan import (
-    HAS_GLUON,
-    States,
-    kernels,
-    scan_states,
-    value_block,
-)
-
-if HAS_GLUON:
-    from qnext.kernels.gated_delta_rule import gluon_bwd
+from qnext.kernels.gated_delta_rule.triton_scan import States, scan_states, value_block
 
 HEADS = 16  # heads of one program of the last kernel
 
@@ -423,11 +414,6 @@ def _state_gradients(
     dv = inputs.v.new_empty(inputs.v.shape)
     dstates = inputs.v.new_empty(inputs.num_slots, num_heads, key_dim, value_dim)
     dinitial = None if dfinal is None else torch.empty_like(dfinal)
-    if kernels(inputs)[0] == "gluon" and dout.data_ptr() % 16 == 0:
-        gluon_bwd.state_gradients_gluon(
-            inputs, chunks, dout, dfinal, dv=dv, dstates=dstates, dinitial=dinitial
-        )
-        return dv, dstates, dinitial
     edges = (dv, dv) if dfinal is None else (dfinal, dinitial)
     gated_delta_rule_bwd_state_kernel[(-(-value_dim // width) * num_heads * inputs.num_seqs,)](
         *(inputs.q, inputs.k, dout, chunks.inverse, chunks.scores, chunks.decay),

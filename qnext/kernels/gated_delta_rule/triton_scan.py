@@ -136,7 +136,7 @@ def gated_delta_rule_fwd_kernel(
 
 
 def kernels(inputs: Inputs) -> list[str]:
-    """Kernels that can run the scans, the faster one first."""
+    """Kernels that can run the scan for outputs alone, the faster one first."""
     _, _, key_dim, value_dim = inputs.sizes
     tokens = [x for x in (inputs.q, inputs.k, inputs.v) if x is not None]
     takes_gluon = (
@@ -232,11 +232,8 @@ def _launch(
     final: torch.Tensor | None = None,
     states: States | None = None,
 ) -> None:
-    if start != "identity" and kernels(inputs)[0] == "gluon":
-        change, before = (None, None) if states is None else (states.change, states.before)
-        gluon_fwd.scan_gluon(
-            inputs, chunks, initial_state, out=out, final=final, change=change, states=before
-        )
+    if out is not None and states is None and kernels(inputs)[0] == "gluon":
+        gluon_fwd.scan_gluon(inputs, chunks, initial_state, out, final)
         return
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
     columns = key_dim if start == "identity" else value_dim
