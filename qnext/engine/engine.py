@@ -62,7 +62,7 @@ class Engine:
         cache = HybridCache(
             model.config,
             has_mtp=options.max_drafts > 0,
-            num_pages=options.num_pages,
+            num_pages=options.num_pages + 1,  # what fills up a pass is written to the last
             page_size=options.page_size,
             num_state_slots=options.max_num_seqs,
             max_window=options.max_drafts + 1,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qnext.cache.hybrid import HybridCache
+from qnext.engine.captured_prefill import CapturedPrefill
 from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
@@ -107,6 +108,8 @@ class ModelRunner:
         # The whole-step kernels know the layers of Qwen3Next, not those of its stand-ins.
         has_fused = self.device.type in ("cpu", "cuda") and isinstance(model, Qwen3Next)
         self._fused = FusedSteps(model, cache, max_positions) if has_fused else None
+        is_gpu = self.device.type == "cuda"
+        self._captured = CapturedPrefill(model, cache) if has_fused and is_gpu else None
         self.max_window = cache.state_pool.max_window
         self.chunk_tokens = chunk_tokens
         self.max_prefill_seqs = max_prefill_seqs
@@ -118,6 +121,8 @@ class ModelRunner:
         """Look at the model's weights anew, which may have changed since they were last used."""
         if self._fused is not None:
             self._fused.read_weights()
+        if self._captured is not None:
+            self._captured.read_weights()
 
     def start(self, requests: Sequence[Request]) -> None:
         """Clear the states of sequences that begin, or begin again."""
@@ -148,10 +153,15 @@ class ModelRunner:
             Requests whose prompt ends here and whose answer has not begun; logits after the last
             token of each, None if there are none.
         """
-        rows = [
-            SequenceRows(p.request, p.request.prompt_array[p.start : p.end], p.start) for p in parts
-        ]
-        hidden = self.model(self._batch(rows, is_window=False), self.cache)  # [T, C]
+        captured = self._captured if self._captured and self._captured.takes(parts) else None
+        if captured is not None:
+            hidden, logits = captured.run(parts[0].request)
+        else:
+            rows = [
+                SequenceRows(p.request, p.request.prompt_array[p.start : p.end], p.start)
+                for p in parts
+            ]
+            hidden = self.model(self._batch(rows, is_window=False), self.cache)  # [T, C]
         each = hidden.split([part.end - part.start for part in parts])
         begun, last_rows = [], []
         for part, own in zip(parts, each, strict=True):
@@ -160,11 +170,15 @@ class ModelRunner:
                 begun.append(part.request)
                 last_rows.append(own[-1:])
         if self.keeps_hidden:
-            # A sequence's rows alone are kept: a slice would hold on to those of all the others.
-            kept = each if len(parts) == 1 else [own.clone() for own in each]
+            # A sequence's rows alone are kept: a slice would hold on to those of all the others,
+            # and a captured pass writes the next prompt's to the same place.
+            is_own = len(parts) == 1 and captured is None
+            kept = each if is_own else [own.clone() for own in each]
             self._keep([part.request for part in parts], kept)
             if is_drafting:
                 self._catch_up([p.request for p in parts if p.request.is_prefilling], leave=0)
+        if captured is not None:
+            return begun, TensorRows(logits) if begun else None
         return begun, self._logits(_joined(last_rows)) if begun else None
 
     @torch.inference_mode()

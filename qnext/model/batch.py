@@ -46,6 +46,8 @@ class ForwardBatch:
         seq_lens: the same as host numbers; None in training.
         row_tokens: a sequence starts at every multiple of it, and T is one. Training only.
         cache_inputs: places in the cache; None without one.
+        tail_padding: which of the last P rows fill up the batch. They belong to the last sequence
+            for seq_lens and to none for cu_seqlens. [P], bool
     """
 
     token_ids: torch.Tensor
@@ -54,6 +56,7 @@ class ForwardBatch:
     seq_lens: tuple[int, ...] | None = None
     row_tokens: int | None = None
     cache_inputs: CacheInputs | None = None
+    tail_padding: torch.Tensor | None = None
 
     @staticmethod
     def packed(token_ids: torch.Tensor, seq_lens: tuple[int, ...] | None = None) -> "ForwardBatch":
@@ -84,12 +87,31 @@ class ForwardBatch:
     @cached_property
     def _places_in_sequences(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequence of each token, and its index there. Two of [T], int64"""
-        return _places(self.cu_seqlens, self.token_ids.shape[0])
+        bounds = self.cu_seqlens
+        if self.tail_padding is not None:
+            bounds = torch.cat([bounds[:-1], bounds.new_full((1,), self.token_ids.shape[0])])
+        return _places(bounds, self.token_ids.shape[0])
 
     @property
     def local_positions(self) -> torch.Tensor:
         """Index of each token since its sequence's start in this batch. [T], int64"""
         return self._places_in_sequences[1]
+
+    def last_rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of each sequence's last `count` tokens, and which of them are its own.
+
+        Returns:
+            Two of [N, count], int64 and bool: a row before the sequence's first is not its own, and
+            may be negative.
+        """
+        key = f"_last_rows_{count}"
+        if key not in self.__dict__:
+            bounds = self.cu_seqlens.long()
+            back = torch.arange(-count, 0, device=bounds.device)
+            rows = bounds[1:, None] + back
+            self.__dict__[key] = rows, rows >= bounds[:-1, None]
+        found: tuple[torch.Tensor, torch.Tensor] = self.__dict__[key]
+        return found
 
     @property
     def max_seqlen(self) -> int:
@@ -151,16 +173,20 @@ class ForwardBatch:
             return known
         assert self.cache_inputs is not None, "token slots of a batch without a cache"
         assert self.seq_lens is not None, "a batch with a cache has host lengths"
-        pairs = zip(self.cache_inputs.context_lens, self.seq_lens, strict=True)
+        inputs, bounds = self.cache_inputs, self.cu_seqlens
+        pairs = zip(inputs.context_lens, self.seq_lens, strict=True)
         key_lens = tuple(context + length for context, length in pairs)
-        # A sequence's first position here is the number of tokens before it.
-        contexts = self.position_ids[self.cu_seqlens[:-1]]
-        bounds = self.cu_seqlens.clone()
-        bounds[1:] += contexts.cumsum(0)
-        seq_idx, position = _places(bounds, sum(key_lens))
-        pages = self.cache_inputs.page_table[seq_idx, position // page_size].long()
+        slots = inputs.slot_mapping  # where sequences begin here, the rows are all that they have
+        if any(inputs.context_lens):
+            # A sequence's first position here is the number of tokens before it.
+            contexts = self.position_ids[self.cu_seqlens[:-1]]
+            bounds = bounds.clone()
+            bounds[1:] += contexts.cumsum(0)
+            seq_idx, position = _places(bounds, sum(key_lens))
+            pages = inputs.page_table[seq_idx, position // page_size].long()
+            slots = pages * page_size + position % page_size
         known = CachedRows(
-            slots=pages * page_size + position % page_size,
+            slots=slots,
             key_lens=key_lens,
             query_lens=self.seq_lens,
             key_bounds=bounds,

@@ -119,21 +119,12 @@ class GatedDeltaNet(nn.Module):
         self, fused: torch.Tensor, batch: ForwardBatch, cache: HybridCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert batch.seq_lens is not None, "a batch with a cache has host lengths"
-        pool = cache.state_pool
+        pool, slots = cache.state_pool, batch.state_slots
         conv_state = pool.conv_state[self.layer_idx]
-        slots = batch.state_slots
-        taps = self.conv1d.shape[1] - 1
-        parts = []
-        assert batch.cache_inputs is not None, "a batch with a cache names its places"
-        known = (
-            batch.cache_inputs.state_slots
-        )  # of the host: a look at the device would wait for it
-        for slot, part in zip(known, fused.split(batch.seq_lens), strict=True):
-            steps = torch.arange(part.shape[0], device=part.device)
-            history = conv_state[slot].clone()
-            parts.append(self._inputs(part, steps, history))
-            recent = part[max(0, part.shape[0] - taps) :, : self.sizes[0]].t().to(history.dtype)
-            conv_state[slot] = torch.cat([history, recent], dim=1)[:, recent.shape[1] :]
+        histories = conv_state.index_select(0, slots)  # [N, D, width - 1]
+        rows, steps = fused.split(batch.seq_lens), batch.local_positions.split(batch.seq_lens)
+        parts = [self._inputs(*each) for each in zip(rows, steps, histories, strict=True)]
+        conv_state.index_copy_(0, slots, self._last_inputs(fused, histories, batch))
         joined = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
         q, k, v, g, beta, z = joined
         heads, final = dispatch.gated_delta_rule(
@@ -146,7 +137,23 @@ class GatedDeltaNet(nn.Module):
             initial_state=pool.recurrent_state[self.layer_idx, slots],
         )
         pool.recurrent_state[self.layer_idx, slots] = final
+        if batch.tail_padding is not None:
+            # No sequence writes them, and what lies there must not reach a router.
+            tail = heads[-batch.tail_padding.shape[0] :]
+            tail.masked_fill_(batch.tail_padding[:, None, None], 0.0)
         return heads, z
+
+    def _last_inputs(
+        self, fused: torch.Tensor, histories: torch.Tensor, batch: ForwardBatch
+    ) -> torch.Tensor:
+        """Last inputs of each sequence's convolution. histories: those before. [N, D, width - 1]"""
+        count = histories.shape[2]
+        rows, is_own = batch.last_rows(count)
+        own = fused[rows.clamp_min(0), : self.sizes[0]].to(histories.dtype)  # [N, width - 1, D]
+        # Where a sequence's rows here are too few, the history's end stands before them.
+        steps = rows - batch.cu_seqlens[:-1, None]
+        old = histories.gather(2, (steps % count)[:, None].expand_as(histories))
+        return torch.where(is_own[:, None], own.transpose(1, 2), old)
 
     def _window(
         self, fused: torch.Tensor, batch: ForwardBatch, cache: HybridCache
