@@ -17,7 +17,7 @@ from qnext.engine.speculative import (
     VerifiedWindow,
     verify_window,
 )
-from qnext.kernels.decode_step.reference import LaunchedRounds
+from qnext.kernels.decode_step.reference import MAX_ROUNDS, LaunchedRounds
 from qnext.model.qwen3_next import Qwen3Next
 
 # How long a kernel may go on by itself. Text comes in pieces of this length, which nobody notices.
@@ -49,7 +49,6 @@ class Flight:
     launched: LaunchedRounds
     requests: tuple[Request, ...]
     num_drafts: int
-    num_rounds: int  # at most
     start: float  # of its time on the device
     deferred_seconds: float  # the runner's at that time
 
@@ -210,7 +209,7 @@ class Engine:
         launched = self.runner.launch_rounds(requests, num_drafts, max_rounds, end_ids)
         if launched is None:
             return None
-        return Flight(launched, requests, num_drafts, max_rounds, start, deferred_seconds)
+        return Flight(launched, requests, num_drafts, start, deferred_seconds)
 
     def _follow(self, flight: Flight) -> Flight | None:
         """Launch the call behind a flight in the air, if the same sequences go on."""
@@ -222,12 +221,12 @@ class Engine:
             return None
         if speculation.choose(len(requests)) != num_drafts:
             return None
-        num_in_air = flight.num_rounds * (num_drafts + 1)
+        num_in_air = flight.launched.num_rounds * (num_drafts + 1)
         max_rounds, _ = self._rounds_ahead(requests, num_drafts, num_in_air)
         if not max_rounds:
             return None
         launched = self.runner.go_on(flight.launched, requests, max_rounds)
-        return Flight(launched, requests, num_drafts, max_rounds, 0.0, 0.0)
+        return Flight(launched, requests, num_drafts, 0.0, 0.0)
 
     def _land(self, flight: Flight) -> list[Request]:
         """Launch what follows a flight, then wait for it; returns the requests that got tokens."""
@@ -268,7 +267,7 @@ class Engine:
         seconds = self._step_seconds.get(num_drafts)
         is_timed = seconds is not None and not self.speculation.is_trying
         ahead = AHEAD_SECONDS_GPU if self.runner.device.type == "cuda" else AHEAD_SECONDS
-        rounds = max(1, int(ahead / seconds)) if is_timed and seconds else 1
+        rounds = min(max(1, int(ahead / seconds)), MAX_ROUNDS) if is_timed and seconds else 1
         window, page_size = num_drafts + 1, self.options.page_size
         end_ids: set[int] = set()
         for request in requests:

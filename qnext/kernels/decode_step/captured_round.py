@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from qnext.kernels.decode_step.reference import MAX_ROUNDS
 from qnext.kernels.decode_step.sent_inputs import GrownPages, SentInputs
 from qnext.kernels.decode_step.triton_fwd import Prepared
 from qnext.kernels.decode_step.triton_layers import DeviceRows, StepTensors, logits_of, run_step
@@ -23,7 +24,6 @@ from qnext.kernels.sample_rows.triton_accept import accept_drafts_triton
 from qnext.kernels.sample_rows.triton_fwd import sample_rows_triton
 from qnext.runtime.random_bits import Purpose
 
-MAX_ROUNDS = 16  # of one call
 STATE_BLOCK = 1024  # numbers of a state that a program copies at once
 
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from qnext.kernels.decode_step.captured_round import MAX_ROUNDS, CapturedRounds
+from qnext.kernels.decode_step.captured_round import CapturedRounds
 from qnext.kernels.decode_step.reference import (
+    MAX_ROUNDS,
     NOT_NUMBERS,
     DecodeStep,
     LaunchedRounds,
@@ -59,7 +60,7 @@ class GraphRounds(LaunchedRounds):
     ) -> None:
         super().__init__(None)
         self.trunk, self.captured, self.rounds = trunk, captured, rounds
-        self.num_rounds = min(rounds.max_rounds, MAX_ROUNDS)
+        self._num_rounds = min(rounds.max_rounds, MAX_ROUNDS)
         self._before = before
         self._half: int = 0 if before is None else 1 - before._half
         self._num_pages = list(map(len, rounds.rows.pages))
@@ -74,6 +75,11 @@ class GraphRounds(LaunchedRounds):
             self._event = torch.cuda.Event()
             self._event.record()
         trunk.prepared.launched = self
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of this call."""
+        return self._num_rounds
 
     @property
     def can_go_on(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from qnext.config.model import ModelConfig
 from qnext.kernels.decide_token.reference import Cuts
 
+MAX_ROUNDS = 16  # that a backend takes in one call
 NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
 
 
@@ -97,6 +98,11 @@ class RoundsOutput:
 
 class LaunchedRounds:
     """Rounds on their way; those of this class were over when their launch came back."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of this call."""
+        return len(self.read().token_ids)
 
     @property
     def can_go_on(self) -> bool:

@@ -73,16 +73,21 @@ class GrownPages:
 
     Args:
         table: on the device. [N, P], int32
-        capacity: pages that a call may bring.
+        capacity: pages that a call normally brings at most.
     """
 
     def __init__(self, table: torch.Tensor, capacity: int) -> None:
-        is_cuda = table.device.type == "cuda"
         self.table = table
+        self._make_room(capacity)
+
+    def _make_room(self, capacity: int) -> None:
+        device = self.table.device
         # Two calls may be on their way, so each other one writes to the same half.
-        self.host = torch.zeros(2, 2 * capacity, dtype=torch.int64, pin_memory=is_cuda)
+        self.host = torch.zeros(
+            2, 2 * capacity, dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
         self.host_words = self.host.numpy()
-        self.device = torch.zeros(2 * capacity, dtype=torch.int64, device=table.device)
+        self.device = torch.zeros(2 * capacity, dtype=torch.int64, device=device)
 
     def send(self, half: int, grown: list[tuple[int, int]]) -> None:
         """Add pages to the table.
@@ -93,9 +98,10 @@ class GrownPages:
         """
         if not grown:
             return
-        count, words = 2 * len(grown), self.host_words[half]
-        assert count <= len(words), f"{len(grown)} new pages, room for {len(words) // 2}"
-        words[:count] = [place for place, _ in grown] + [page for _, page in grown]
+        count = 2 * len(grown)
+        if count > self.host.shape[1]:
+            self._make_room(count)
+        self.host_words[half, :count] = [place for place, _ in grown] + [page for _, page in grown]
         sent = self.device[:count]
         sent.copy_(self.host[half, :count], non_blocking=True)
         places, pages = sent.view(2, -1)
