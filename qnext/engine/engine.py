@@ -280,8 +280,9 @@ class Engine:
         for request in requests:
             # The last token decided is not forwarded, so it needs no place yet.
             known = request.num_tokens + num_in_air - 1
-            self.scheduler.grow_ahead(request, known + rounds * window)
-            rounds = min(rounds, (len(request.page_ids) * page_size - known) // window)
+            if known + rounds * window > len(request.page_ids) * page_size:
+                self.scheduler.grow_ahead(request, known + rounds * window)
+                rounds = min(rounds, (len(request.page_ids) * page_size - known) // window)
         return max(0, rounds), tuple(i for i in end_ids if i < 2**31)
 
     def _append_rounds(

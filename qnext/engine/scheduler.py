@@ -172,7 +172,8 @@ class Scheduler:
             request = self.running[idx]
             need = self._num_missing_pages(request)
             if need <= self.pages.num_free:
-                request.page_ids += self.pages.allocate(need)
+                if need:
+                    request.page_ids += self.pages.allocate(need)
                 idx += 1
             else:
                 # Alone a sequence always fits, so the oldest one is never the victim.

@@ -24,7 +24,7 @@ from qnext.kernels.sample_rows.triton_accept import accept_drafts_triton
 from qnext.kernels.sample_rows.triton_fwd import sample_rows_triton
 from qnext.runtime.random_bits import Purpose
 
-STATE_BLOCK = 1024  # numbers of a state that a program copies at once
+STATE_BLOCK = 4096  # numbers of states that a warp copies at once, its loads all on their way
 
 
 @triton.jit
@@ -255,8 +255,8 @@ class CapturedRounds:
             states.shape[1],
             Q=q,
             BQ=triton.next_power_of_2(q),
-            BC=STATE_BLOCK,
-            num_warps=4,
+            BC=min(STATE_BLOCK, triton.next_power_of_2(q * states.shape[1])),
+            num_warps=1,  # a second one might read what the first has moved on already
         )
 
     def _decide(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
