@@ -18,6 +18,7 @@ class SlowDevice:
         self.best = llm.model.target.argmax(-1).tolist()
         self.launches: list[int] = []
         self.newest: SlowRounds | None = None
+        self.owners = {}  # of the slots in the newest calls
         llm.engine.runner.launch_rounds = self.launch
         # As many rounds as this are asked for, whatever a step took.
         llm.engine._step_seconds = Always(num_rounds)
@@ -30,7 +31,14 @@ class SlowDevice:
         last_ids = [request.token_ids[-1] for request in requests]
         contexts = [request.num_computed for request in requests]
         pages = [request.page_ids for request in requests]
+        self.owners = {request.state_slot: request for request in requests}
         return SlowRounds(self, (last_ids, contexts), pages, num_drafts, max_rounds)
+
+    def check_slots(self):
+        """Nobody else was given a slot whose state the host has yet to learn."""
+        for request in self.llm.engine.scheduler.running:
+            owner = self.owners.get(request.state_slot, request)
+            assert owner is request, f"slot {request.state_slot} was given away in the air"
 
     def check_pages(self, pages, needs):
         """Every row has a page, which belongs to one running sequence alone."""
@@ -99,6 +107,7 @@ class SlowRounds(LaunchedRounds):
 
     def read(self) -> RoundsOutput:
         assert self.before is None or self.before.is_read, "calls are read in their order"
+        self.device.check_slots()
         self.is_read, self.before = True, None
         return RoundsOutput(self.tokens, self.hidden)
 

@@ -165,7 +165,7 @@ def test_nothing_leaks_whatever_comes(model, seed):
     count = 14
     prompts = id_prompts(*(rng.randint(1, 20) for _ in range(count)))
     params = [
-        greedy(rng.randint(1, 40), stop_token_ids=rng.sample(range(96), rng.choice([0, 0, 2])))
+        greedy(rng.randint(1, 40), stop_token_ids=rng.sample(range(96), rng.choice([0, 4])))
         for _ in range(count)
     ]
     expected = expected_tokens(model, prompts, params)
@@ -183,7 +183,7 @@ def test_nothing_leaks_whatever_comes(model, seed):
             assert request.output_token_ids == tokens[: len(request.output_token_ids)]
         else:
             assert request.output_token_ids == tokens
-    assert sum(device.launches) > 0
+    assert sum(device.launches) > 0 or llm.engine.metrics.num_preemptions
     assert_all_is_free(llm)
 
 
