@@ -17,7 +17,7 @@ from qnext.engine.speculative import (
     VerifiedWindow,
     verify_window,
 )
-from qnext.kernels.decode_step.reference import MAX_ROUNDS, LaunchedRounds
+from qnext.kernels.decode_step.reference import MAX_ROUNDS, LaunchedRounds, RoundsOutput
 from qnext.model.qwen3_next import Qwen3Next
 
 # How long a kernel may go on by itself. Text comes in pieces of this length, which nobody notices.
@@ -102,7 +102,7 @@ class Engine:
             self.speculation = FixedSpeculation(options.max_drafts)
         self.metrics = EngineMetrics()
         self._step_seconds: dict[int, float] = {}  # of the last step, by its number of drafts
-        self._flight: Flight | None = None
+        self._flights: list[Flight] = []  # at most two, in the order of their launch
 
     @property
     def has_work(self) -> bool:
@@ -116,7 +116,7 @@ class Engine:
             ValueError: the cache could not hold it even alone.
         """
         if not self.scheduler.has_work:
-            self._drop_flight()
+            self._drop_flights()
             self.runner.read_weights()
         self.scheduler.add(request)
 
@@ -134,11 +134,11 @@ class Engine:
         Returns:
             The requests that got tokens, some of them finished.
         """
-        if self._flight and all(r.finish_reason is not None for r in self._flight.requests):
-            self._drop_flight()
+        if self._flights and all(r.finish_reason for r in self._flights[0].requests):
+            self._drop_flights()
         # Nothing is scheduled over a flight: it may hold what its requests have given back.
-        step = None if self._flight else self.scheduler.schedule()
-        if step is None and self._flight is None:
+        step = None if self._flights else self.scheduler.schedule()
+        if step is None and not self._flights:
             return []
         start = time.perf_counter()
         if isinstance(step, PrefillStep):
@@ -167,12 +167,13 @@ class Engine:
 
     def _decode(self, step: DecodeStep | None) -> list[Request]:
         """Land the flight in the air, or start one; windows of one step where no kernel can."""
-        if self._flight is not None:
-            return self._land(self._flight)
-        assert step is not None, "nothing to decode"
-        num_drafts = self.speculation.choose(len(step.requests))
-        flight = self._take_off(step.requests, num_drafts)
-        return self._land(flight) if flight else self._run_windows(step.requests, num_drafts)
+        if step is not None:
+            num_drafts = self.speculation.choose(len(step.requests))
+            flight = self._take_off(step.requests, num_drafts)
+            if flight is None:
+                return self._run_windows(step.requests, num_drafts)
+            self._flights.append(flight)
+        return self._land()
 
     def _run_windows(self, requests: tuple[Request, ...], num_drafts: int) -> list[Request]:
         """One window of each sequence, decided in Python."""
@@ -228,33 +229,44 @@ class Engine:
         launched = self.runner.go_on(flight.launched, requests, max_rounds)
         return Flight(launched, requests, num_drafts, 0.0, 0.0)
 
-    def _land(self, flight: Flight) -> list[Request]:
+    def _land(self) -> list[Request]:
         """Launch what follows a flight, then wait for it; returns the requests that got tokens."""
-        self._flight = None
-        later = self._follow(flight)
-        rounds = flight.launched.read()
+        flight = self._flights[0]
+        # There are two where somebody broke off the wait for the first.
+        if len(self._flights) == 1 and (later := self._follow(flight)):
+            self._flights.append(later)
+        try:
+            rounds = flight.launched.read()
+        except ValueError:
+            self._flights.clear()
+            raise
+        del self._flights[0]
+        self._note_landing(flight, rounds)
         changed = [r for r in flight.requests if r.finish_reason is None]
         self._append_rounds(flight.requests, rounds.token_ids, flight.num_drafts)
-        self.runner.keep_rounds(flight.requests, rounds, flight.num_drafts, is_last=later is None)
-        num_rounds = len(rounds.token_ids)
+        is_last = not self._flights
+        self.runner.keep_rounds(flight.requests, rounds, flight.num_drafts, is_last=is_last)
+        self.metrics.num_decode_steps += len(rounds.token_ids) - 1  # `step` counts one
+        return changed
+
+    def _note_landing(self, flight: Flight, rounds: RoundsOutput) -> None:
+        """Learn from a call that is over now, when the one behind it begins."""
         outcomes = [
             (flight.num_drafts, len(token_ids) - 1)
             for decided in rounds.token_ids
             for token_ids in decided
         ]
         start = flight.start + rounds.setup_seconds  # comes once, and says nothing of a step
+        num_rounds = len(rounds.token_ids)
         self._note_steps(start, flight.deferred_seconds, flight.num_drafts, outcomes, num_rounds)
-        self.metrics.num_decode_steps += num_rounds - 1  # `step` counts one
-        if later is not None:
+        for later in self._flights:
             later.start, later.deferred_seconds = time.perf_counter(), self.runner.deferred_seconds
-        self._flight = later
-        return changed
 
-    def _drop_flight(self) -> None:
-        """Let go of a flight whose requests have all ended."""
-        if self._flight is not None:
-            self._flight.launched.drop()
-            self._flight = None
+    def _drop_flights(self) -> None:
+        """Let go of flights whose requests have all ended."""
+        for flight in self._flights:
+            flight.launched.drop()
+        self._flights.clear()
 
     def _rounds_ahead(
         self, requests: tuple[Request, ...], num_drafts: int, num_in_air: int = 0

@@ -81,9 +81,9 @@ def test_a_flight_that_nobody_waits_for_is_let_go_before_weights_are_read(model)
     llm, _ = flying_llm(model)
     first = token_ids(llm.generate(PROMPTS[3], params))
     assert first == [answer[:21]]
-    assert llm.engine._flight is not None, "the stop token must have been a surprise"
+    assert llm.engine._flights, "the stop token must have been a surprise"
     assert_all_is_free(llm)
-    left, read = llm.engine._flight, []
+    (left,), read = llm.engine._flights, []
     llm.engine.runner.read_weights = lambda: read.append(left.launched.is_read)
     assert token_ids(llm.generate(PROMPTS[3], params)) == first
     assert read == [True]
@@ -97,7 +97,7 @@ def test_an_abort_in_the_air_ends_one_and_leaves_the_others(model, num_drafts):
     requests = llm._requests(PROMPTS[:4], params)
     for request in requests:
         llm.engine.add(request)
-    while llm.engine._flight is None or requests[1].num_remaining > 40:
+    while not llm.engine._flights or requests[1].num_remaining > 40:
         llm.engine.step()
     llm.engine.abort([requests[1]])
     num_tokens = len(requests[1].output_token_ids)
@@ -114,12 +114,36 @@ def test_aborting_all_in_the_air_leaves_no_work(model):
     requests = llm._requests(PROMPTS[:4], greedy(70))
     for request in requests:
         llm.engine.add(request)
-    while llm.engine._flight is None:
+    while not llm.engine._flights:
         llm.engine.step()
     llm.engine.abort(requests)
     assert_all_is_free(llm)
     assert llm.engine.step() == []
     assert token_ids(llm.generate(PROMPTS, greedy(9))) == expected_tokens(model, PROMPTS, greedy(9))
+
+
+def test_a_wait_that_is_broken_off_loses_no_token(model):
+    llm, device = flying_llm(model)
+    expected = expected_tokens(model, PROMPTS[:2], greedy(60))
+    requests = llm._requests(PROMPTS[:2], greedy(60))
+    for request in requests:
+        llm.engine.add(request)
+    while not llm.engine._flights:
+        llm.engine.step()
+    (flight,) = llm.engine._flights
+    read = flight.launched.read
+
+    def break_off():
+        flight.launched.read = read
+        raise KeyboardInterrupt
+
+    flight.launched.read = break_off
+    with pytest.raises(KeyboardInterrupt):
+        llm.engine.step()
+    assert len(llm.engine._flights) == 2
+    run_out(llm)
+    assert [request.output_token_ids for request in requests] == expected
+    assert_all_is_free(llm)
 
 
 @pytest.mark.parametrize("num_drafts", [0, 2])
@@ -129,7 +153,7 @@ def test_a_request_that_comes_in_the_air_starts_after_the_next_landing(model, nu
     (late,) = llm._requests([PROMPTS[5]], greedy(20))
     for request in early:
         llm.engine.add(request)
-    while llm.engine._flight is None:
+    while not llm.engine._flights:
         llm.engine.step()
     num_launches = len(device.launches)
     llm.engine.add(late)

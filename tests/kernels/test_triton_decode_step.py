@@ -131,7 +131,7 @@ def test_states_may_be_settled_and_weights_read_while_a_call_runs(model, triton_
     interrupts = [llm.engine.runner.settle, llm.engine.runner.read_weights]
     while llm.engine.has_work:
         llm.engine.step()
-        if interrupts and llm.engine._flight is not None:
+        if interrupts and llm.engine._flights:
             interrupts.pop()()
     assert not interrupts, "calls must have been on their way"
     found = [request.output_token_ids for request in requests]
