@@ -97,7 +97,14 @@ class RoundsOutput:
 
 
 class LaunchedRounds:
-    """Rounds on their way; those of this class were over when their launch came back."""
+    """Rounds on their way; those of this class were over when their launch came back.
+
+    Args:
+        output: what they decided; None in a class that reads it later.
+    """
+
+    def __init__(self, output: RoundsOutput | None) -> None:
+        self._output = output
 
     @property
     def num_rounds(self) -> int:
@@ -108,9 +115,6 @@ class LaunchedRounds:
     def can_go_on(self) -> bool:
         """Whether further rounds may be launched behind these."""
         return False
-
-    def __init__(self, output: RoundsOutput | None) -> None:
-        self._output = output
 
     def read(self) -> RoundsOutput:
         """Wait for the rounds and commit them; further calls return the same.
