@@ -81,12 +81,12 @@ def measure_drafts(peer: QnextPeer, command: Answer) -> Answer:
     metrics = engine.metrics
     engine.metrics = EngineMetrics()
     kernels = KernelTimes()
-    engine.runner.take_rounds = lambda *args: None  # a kernel that goes on hides its parts
+    engine.runner.launch_rounds = lambda *args: None  # a kernel that goes on hides its parts
     try:
         for prompt in command["prompts"][:PARTS_PROMPTS]:
             peer.generate([prompt], *options)
     finally:
-        del engine.runner.take_rounds
+        del engine.runner.launch_rounds
         kernels.remove()
     return {
         "seconds": seconds,

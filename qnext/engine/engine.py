@@ -17,11 +17,12 @@ from qnext.engine.speculative import (
     VerifiedWindow,
     verify_window,
 )
+from qnext.kernels.decode_step.reference import MAX_ROUNDS, LaunchedRounds, RoundsOutput
 from qnext.model.qwen3_next import Qwen3Next
 
 # How long a kernel may go on by itself. Text comes in pieces of this length, which nobody notices.
 AHEAD_SECONDS = 0.004
-AHEAD_SECONDS_GPU = 0.012  # the host's part of a call is as long as a step of a small batch there
+AHEAD_SECONDS_GPU = 0.008  # longer than the host's part of a call, which runs at the same time
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,25 @@ class EngineOptions:
     is_auto: bool  # the number of drafts is chosen while running, up to max_drafts
 
 
+@dataclass
+class Flight:
+    """A call of several rounds that was launched and whose tokens the requests lack.
+
+    While one is in the air, the slots and pages of its requests are given to no others.
+    """
+
+    launched: LaunchedRounds
+    requests: tuple[Request, ...]
+    num_drafts: int
+    start: float  # of its time on the device
+    deferred_seconds: float  # the runner's at that time
+
+
 class Engine:
     """Serves requests with one model.
+
+    On a GPU a call is launched before the one ahead of it is read, as long as the same sequences
+    go on: the device works while the host appends tokens.
 
     Args:
         model: with an MTP head if options.max_drafts > 0.
@@ -84,6 +102,7 @@ class Engine:
             self.speculation = FixedSpeculation(options.max_drafts)
         self.metrics = EngineMetrics()
         self._step_seconds: dict[int, float] = {}  # of the last step, by its number of drafts
+        self._flights: list[Flight] = []  # at most two, in the order of their launch
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +116,7 @@ class Engine:
             ValueError: the cache could not hold it even alone.
         """
         if not self.scheduler.has_work:
+            self._drop_flights()
             self.runner.read_weights()
         self.scheduler.add(request)
 
@@ -114,8 +134,11 @@ class Engine:
         Returns:
             The requests that got tokens, some of them finished.
         """
-        step = self.scheduler.schedule()
-        if step is None:
+        if self._flights and all(r.finish_reason for r in self._flights[0].requests):
+            self._drop_flights()
+        # Nothing is scheduled over a flight: it may hold what its requests have given back.
+        step = None if self._flights else self.scheduler.schedule()
+        if step is None and not self._flights:
             return []
         start = time.perf_counter()
         if isinstance(step, PrefillStep):
@@ -142,22 +165,20 @@ class Engine:
             self._append(request, verify_window(request, Drafts(), rows, row_idx), rows, row_idx)
         return begun
 
-    def _decode(self, step: DecodeStep) -> list[Request]:
-        requests = step.requests
-        num_drafts = self.speculation.choose(len(requests))
+    def _decode(self, step: DecodeStep | None) -> list[Request]:
+        """Land the flight in the air, or start one; windows of one step where no kernel can."""
+        if step is not None:
+            num_drafts = self.speculation.choose(len(step.requests))
+            flight = self._take_off(step.requests, num_drafts)
+            if flight is None:
+                return self._run_windows(step.requests, num_drafts)
+            self._flights.append(flight)
+        return self._land()
+
+    def _run_windows(self, requests: tuple[Request, ...], num_drafts: int) -> list[Request]:
+        """One window of each sequence, decided in Python."""
         deferred_seconds = self.runner.deferred_seconds
         start = time.perf_counter()
-        max_rounds, end_ids = self._rounds_ahead(requests, num_drafts)
-        if max_rounds:
-            rounds = self.runner.take_rounds(requests, num_drafts, max_rounds, end_ids)
-            if rounds is not None:
-                outcomes = self._append_rounds(requests, rounds.token_ids, num_drafts)
-                self.runner.keep_rounds(requests, rounds, num_drafts)
-                num_rounds = len(rounds.token_ids)
-                start += rounds.setup_seconds  # comes once, and says nothing of a step
-                self._note_steps(start, deferred_seconds, num_drafts, outcomes, num_rounds)
-                self.metrics.num_decode_steps += num_rounds - 1  # `step` counts one
-                return list(requests)
         drafts = self._draft(requests, num_drafts)
         windows = [self._window(r, d) for r, d in zip(requests, drafts, strict=True)]
         hidden, rows = self.runner.forward_windows(windows)
@@ -172,7 +193,7 @@ class Engine:
                 kept_rows.append(verified.num_accepted + 1)
                 outcomes.append((len(sequence_drafts.token_ids), verified.num_accepted))
                 self._append(request, verified, rows, first_row)
-                self._count(request, *outcomes[-1])
+                self._count(request, outcomes[-1][0], [verified.num_accepted])
                 changed.append(request)
             first_row += num_rows
         self.runner.commit(windows, kept_rows, hidden)
@@ -180,47 +201,115 @@ class Engine:
         self._note_steps(start, deferred_seconds, num_drafts, outcomes if is_whole else None, 1)
         return changed
 
+    def _take_off(self, requests: tuple[Request, ...], num_drafts: int) -> Flight | None:
+        """Launch rounds of sequences that stand still; None if no kernel can."""
+        start, deferred_seconds = time.perf_counter(), self.runner.deferred_seconds
+        max_rounds, end_ids = self._rounds_ahead(requests, num_drafts)
+        if not max_rounds:
+            return None
+        launched = self.runner.launch_rounds(requests, num_drafts, max_rounds, end_ids)
+        if launched is None:
+            return None
+        return Flight(launched, requests, num_drafts, start, deferred_seconds)
+
+    def _follow(self, flight: Flight) -> Flight | None:
+        """Launch the call behind a flight in the air, if the same sequences go on."""
+        requests, num_drafts, speculation = flight.requests, flight.num_drafts, self.speculation
+        if not flight.launched.can_go_on or tuple(self.scheduler.running) != requests:
+            return None
+        # A trial is timed by itself, and a newcomer shall not wait for one call more.
+        if speculation.is_trying or self.scheduler.can_admit:
+            return None
+        if speculation.choose(len(requests)) != num_drafts:
+            return None
+        num_in_air = flight.launched.num_rounds * (num_drafts + 1)
+        max_rounds, _ = self._rounds_ahead(requests, num_drafts, num_in_air)
+        if not max_rounds:
+            return None
+        launched = self.runner.go_on(flight.launched, requests, max_rounds)
+        return Flight(launched, requests, num_drafts, 0.0, 0.0)
+
+    def _land(self) -> list[Request]:
+        """Launch what follows a flight, then wait for it; returns the requests that got tokens."""
+        flight = self._flights[0]
+        # There are two where somebody broke off the wait for the first.
+        if len(self._flights) == 1 and (later := self._follow(flight)):
+            self._flights.append(later)
+        try:
+            rounds = flight.launched.read()
+        except ValueError:
+            self._flights.clear()
+            raise
+        del self._flights[0]
+        self._note_landing(flight, rounds)
+        changed = [r for r in flight.requests if r.finish_reason is None]
+        self._append_rounds(flight.requests, rounds.token_ids, flight.num_drafts)
+        is_last = not self._flights
+        self.runner.keep_rounds(flight.requests, rounds, flight.num_drafts, is_last=is_last)
+        self.metrics.num_decode_steps += len(rounds.token_ids) - 1  # `step` counts one
+        return changed
+
+    def _note_landing(self, flight: Flight, rounds: RoundsOutput) -> None:
+        """Learn from a call that is over now, when the one behind it begins."""
+        outcomes = [
+            (flight.num_drafts, len(token_ids) - 1)
+            for decided in rounds.token_ids
+            for token_ids in decided
+        ]
+        start = flight.start + rounds.setup_seconds  # comes once, and says nothing of a step
+        num_rounds = len(rounds.token_ids)
+        self._note_steps(start, flight.deferred_seconds, flight.num_drafts, outcomes, num_rounds)
+        for later in self._flights:
+            later.start, later.deferred_seconds = time.perf_counter(), self.runner.deferred_seconds
+
+    def _drop_flights(self) -> None:
+        """Let go of flights whose requests have all ended."""
+        for flight in self._flights:
+            flight.launched.drop()
+        self._flights.clear()
+
     def _rounds_ahead(
-        self, requests: tuple[Request, ...], num_drafts: int
+        self, requests: tuple[Request, ...], num_drafts: int, num_in_air: int = 0
     ) -> tuple[int, tuple[int, ...]]:
-        """Rounds that a kernel may decide by itself, 0 if none; tokens that end them."""
+        """Rounds that a kernel may decide by itself, 0 if none; tokens that end them.
+
+        Args:
+            num_in_air: tokens that each request may get before them.
+        """
         seconds = self._step_seconds.get(num_drafts)
         is_timed = seconds is not None and not self.speculation.is_trying
         ahead = AHEAD_SECONDS_GPU if self.runner.device.type == "cuda" else AHEAD_SECONDS
-        rounds = max(1, int(ahead / seconds)) if is_timed and seconds else 1
+        rounds = min(max(1, int(ahead / seconds)), MAX_ROUNDS) if is_timed and seconds else 1
         window, page_size = num_drafts + 1, self.options.page_size
         end_ids: set[int] = set()
         for request in requests:
-            params = request.params
-            if params.has_penalties or params.logprobs is not None or request.is_replaying:
+            if not request.is_plain or request.is_replaying:
                 return 0, ()
+            rounds = min(rounds, (request.num_remaining - num_in_air) // window)
+            end_ids |= request.ending_ids
+        if rounds <= 0:
+            return 0, ()
+        for request in requests:
             # The last token decided is not forwarded, so it needs no place yet.
-            room = len(request.page_ids) * page_size - request.num_tokens + 1
-            rounds = min(rounds, request.num_remaining // window, room // window)
-            end_ids |= request.end_token_ids
-            end_ids.update(i for i in params.stop_token_ids or () if i < 2**31)
-        return rounds, tuple(end_ids)
+            known = request.num_tokens + num_in_air - 1
+            if known + rounds * window > len(request.page_ids) * page_size:
+                self.scheduler.grow_ahead(request, known + rounds * window)
+                rounds = min(rounds, (len(request.page_ids) * page_size - known) // window)
+        return max(0, rounds), tuple(i for i in end_ids if i < 2**31)
 
     def _append_rounds(
-        self,
-        requests: tuple[Request, ...],
-        rounds: list[list[list[int]]],
-        num_drafts: int,
-    ) -> list[tuple[int, int]]:
-        """Append tokens of several rounds; those after an answer's end are dropped.
-
-        Returns:
-            For each window its drafts and how many stood.
-        """
-        outcomes = []
-        for decided in rounds:
-            for request, token_ids in zip(requests, decided, strict=True):
-                num_accepted = len(token_ids) - 1
-                outcomes.append((num_drafts, num_accepted))
-                if request.finish_reason is None:
-                    self._append(request, VerifiedWindow(token_ids, num_accepted), None, 0)
-                    self._count(request, num_drafts, num_accepted)
-        return outcomes
+        self, requests: tuple[Request, ...], rounds: list[list[list[int]]], num_drafts: int
+    ) -> None:
+        """Append tokens of several rounds; those after an answer's end are dropped."""
+        now = time.monotonic()
+        for request, *windows in zip(requests, *rounds, strict=True):
+            if request.finish_reason is not None:
+                continue
+            num_before = request.num_tokens
+            num_windows = request.append_windows(windows, now)
+            self.metrics.num_generated_tokens += request.num_tokens - num_before
+            accepted = [len(window) - 1 for window in windows[:num_windows]]
+            self._count(request, num_drafts, accepted)
 
     def _note_steps(
         self,
@@ -279,8 +368,9 @@ class Engine:
             if request.finish_reason is not None:
                 return
 
-    def _count(self, request: Request, num_drafts: int, num_accepted: int) -> None:
-        self.metrics.record_window(num_drafts, num_accepted)
-        request.metrics.num_windows += 1
-        request.metrics.num_draft_tokens += num_drafts
-        request.metrics.num_accepted_tokens += num_accepted
+    def _count(self, request: Request, num_drafts: int, num_accepted: list[int]) -> None:
+        """Count windows of a request. num_accepted: drafts of each that stood"""
+        self.metrics.record_windows(num_drafts, num_accepted)
+        request.metrics.num_windows += len(num_accepted)
+        request.metrics.num_draft_tokens += num_drafts * len(num_accepted)
+        request.metrics.num_accepted_tokens += sum(num_accepted)

@@ -15,8 +15,8 @@ from qnext.engine.sampler import cuts_of
 from qnext.kernels import dispatch
 from qnext.kernels.decode_step.reference import (
     DecodeStep,
+    LaunchedRounds,
     Rounds,
-    RoundsOutput,
     StepOutput,
     WindowRows,
 )
@@ -69,14 +69,14 @@ class FusedSteps:
         return out
 
     def rounds_rows(self, windows: Sequence[SequenceRows], num_drafts: int) -> WindowRows | None:
-        """These rows, one a sequence, for `take_rounds`; None if no kernel goes on from them."""
+        """These rows, one a sequence, for `launch_rounds`; None if no kernel goes on from them."""
         if num_drafts >= self._kernels.MAX_WINDOW:
             return None
         rows = self._rows(windows, None)
         backend = dispatch.decode_step.backend_for(self.trunk, rows)
         return None if backend == "reference" else rows
 
-    def take_rounds(
+    def launch_rounds(
         self,
         rows: WindowRows,
         requests: Sequence[Request],
@@ -85,14 +85,15 @@ class FusedSteps:
         num_drafts: int,
         max_rounds: int,
         end_token_ids: Sequence[int],
-    ) -> RoundsOutput:
-        """Rounds of drafts and verification, or of plain steps; all are committed.
+        wants_hidden: bool,
+    ) -> LaunchedRounds:
+        """Start rounds of drafts and verification, or of plain steps; to read them commits them.
 
         Args:
             rows: the last token of each sequence, from `rounds_rows`.
             requests: the sequences.
             draft_rows: rows that the draft layer has not seen and their states, as for `mtp_step`.
-            num_drafts, max_rounds, end_token_ids: as in `Rounds`.
+            num_drafts, max_rounds, end_token_ids, wants_hidden: as in `Rounds`.
         """
         rounds = Rounds(
             rows=rows,
@@ -102,12 +103,13 @@ class FusedSteps:
             num_drafts=num_drafts,
             max_rounds=max_rounds,
             end_token_ids=end_token_ids,
+            wants_hidden=wants_hidden,
         )
         self._is_deferring = True
         is_gpu = self.model.device.type == "cuda"
         module = import_module(_ROUNDS_GPU if is_gpu else _ROUNDS_CPU)
-        out: RoundsOutput = module.decode_rounds(self.trunk, self.draft, rounds)
-        return out
+        launched: LaunchedRounds = module.launch_rounds(self.trunk, self.draft, rounds)
+        return launched
 
     def mtp_step(self, rows: Sequence[SequenceRows], hidden: Tensor) -> StepOutput:
         """One step of the draft layer and the head on rows whose ids are the tokens after them.

@@ -1,5 +1,6 @@
 """Counts and times of requests and of the engine as a whole."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -17,9 +18,9 @@ class RequestMetrics:
     num_accepted_tokens: int = 0
     num_preemptions: int = 0
 
-    def record_token(self, now: float) -> None:
-        """Count a generated token."""
-        self.num_generated_tokens += 1
+    def record_tokens(self, count: int, now: float) -> None:
+        """Count generated tokens, at least one."""
+        self.num_generated_tokens += count
         if self.first_token_time is None:
             self.first_token_time = now
 
@@ -59,14 +60,19 @@ class EngineMetrics:
     num_accepted_by_depth: list[int] = field(default_factory=list)
     num_steps_by_speculation: dict[int, int] = field(default_factory=dict)
 
-    def record_window(self, num_drafts: int, num_accepted: int) -> None:
-        """Count one verified window. A draft is only tested when those before it were accepted."""
+    def record_windows(self, num_drafts: int, num_accepted: Sequence[int]) -> None:
+        """Count verified windows. A draft is only tested when those before it were accepted.
+
+        Args:
+            num_drafts: of each window.
+            num_accepted: drafts that stood, window by window.
+        """
         while len(self.num_drafted_by_depth) < num_drafts:
             self.num_drafted_by_depth.append(0)
             self.num_accepted_by_depth.append(0)
         for depth in range(num_drafts):
-            self.num_drafted_by_depth[depth] += 1
-            self.num_accepted_by_depth[depth] += depth < num_accepted
+            self.num_drafted_by_depth[depth] += len(num_accepted)
+            self.num_accepted_by_depth[depth] += sum(count > depth for count in num_accepted)
 
     @property
     def num_draft_tokens(self) -> int:

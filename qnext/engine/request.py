@@ -212,7 +212,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)  # prompt and answer
-        self.output_counts: dict[int, int] = {}
+        self.output_counts: dict[int, int] = {}  # kept up where there are penalties
         self.metrics.num_prompt_tokens = len(self.prompt_token_ids)
 
     @cached_property
@@ -224,6 +224,16 @@ class Request:
     def prompt_array(self) -> NDArray[np.int64]:
         """The prompt as an array, of which chunks are slices. [num_prompt_tokens]"""
         return np.fromiter(self.prompt_token_ids, np.int64, len(self.prompt_token_ids))
+
+    @cached_property
+    def ending_ids(self) -> frozenset[int]:
+        """Tokens that end the answer: the model's own and those of the parameters."""
+        return self.end_token_ids.union(self.params.stop_token_ids or ())
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether logits alone decide its tokens, and nobody asks for the logits."""
+        return not self.params.has_penalties and self.params.logprobs is None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -260,8 +270,9 @@ class Request:
         assert self.finish_reason is None, f"{self.request_id} ended with {self.finish_reason!r}"
         self.output_token_ids.append(token_id)
         self.token_ids.append(token_id)
-        self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
-        self.metrics.record_token(now)
+        if self.params.has_penalties:
+            self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+        self.metrics.record_tokens(1, now)
         if token_id in self.end_token_ids:
             self.finish_reason = "stop"
         elif token_id in (self.params.stop_token_ids or ()):
@@ -274,6 +285,32 @@ class Request:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             self.finish(self.finish_reason, now)
+
+    def append_windows(self, windows: Sequence[list[int]], now: float) -> int:
+        """Add the tokens that windows decided, up to the end of the answer.
+
+        Args:
+            windows: in each the drafts that stood and one token more.
+            now: as for `append_token`.
+
+        Returns:
+            How many windows began before the end.
+        """
+        assert self.finish_reason is None, f"{self.request_id} ended with {self.finish_reason!r}"
+        tokens = [token_id for window in windows for token_id in window]
+        is_amid = len(tokens) < self.num_remaining and self.ending_ids.isdisjoint(tokens)
+        if is_amid and self.is_plain and not self.params.stop:
+            self.output_token_ids += tokens
+            self.token_ids += tokens
+            self.metrics.record_tokens(len(tokens), now)
+            self.output_text.extend(windows)
+            return len(windows)
+        for idx, window in enumerate(windows):
+            for depth, token_id in enumerate(window):
+                self.append_token(token_id, depth < len(window) - 1, now)
+                if self.finish_reason is not None:
+                    return idx + 1
+        return len(windows)
 
     def finish(self, reason: str, now: float) -> None:
         """Mark the request as ended; its memory is given back by the scheduler."""

@@ -20,7 +20,7 @@ from qnext.engine.request import Request
 from qnext.engine.sampler import LogitsRow
 from qnext.engine.scheduler import PromptPart
 from qnext.engine.speculative import Drafts, choose_token
-from qnext.kernels.decode_step.reference import NOT_NUMBERS, RoundsOutput, best_ids
+from qnext.kernels.decode_step.reference import NOT_NUMBERS, LaunchedRounds, RoundsOutput, best_ids
 from qnext.model.batch import ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.random_bits import Purpose
@@ -247,14 +247,16 @@ class ModelRunner:
             first_row += len(window.token_ids)
 
     @torch.inference_mode()
-    def take_rounds(
+    def launch_rounds(
         self,
         requests: Sequence[Request],
         num_drafts: int,
         max_rounds: int,
         end_token_ids: Sequence[int],
-    ) -> RoundsOutput | None:
+    ) -> LaunchedRounds | None:
         """Draft, verify and decide inside a kernel, round after round, if one can.
+
+        On a GPU they are on their way when this returns, on a CPU they are over.
 
         Args:
             requests: sequences whose known tokens, all but the last, are in the cache.
@@ -263,7 +265,7 @@ class ModelRunner:
             end_token_ids: no round is taken after one that decided one of these.
 
         Returns:
-            What was decided, committed already, for `keep_rounds`; None if no kernel can.
+            The rounds, to be read for `keep_rounds`; None if no kernel can.
         """
         if self._fused is None:
             return None
@@ -276,29 +278,54 @@ class ModelRunner:
             # A captured round has room for one window of rows.
             is_gpu = self.device.type == "cuda"
             draft_rows = self._step_zero_rows(requests, num_drafts + 1 if is_gpu else None)
-        return self._fused.take_rounds(
+        return self._fused.launch_rounds(
             rows,
             requests,
             draft_rows,
             num_drafts=num_drafts,
             max_rounds=max_rounds,
             end_token_ids=end_token_ids,
+            wants_hidden=self.keeps_hidden,
         )
 
     @torch.inference_mode()
-    def keep_rounds(self, requests: Sequence[Request], out: RoundsOutput, num_drafts: int) -> None:
-        """Note what `take_rounds` decided, once the requests have their tokens."""
-        for n, request in enumerate(requests):
-            counts = [len(decided[n]) for decided in out.token_ids]
-            start, request.num_computed = request.num_computed, request.num_computed + sum(counts)
-            # An answer that ended on the way has fewer tokens, and no more drafts.
-            if not self.keeps_hidden or request.finish_reason is not None:
-                continue
-            if num_drafts:
-                self._pending[request.request_id].start = start + sum(counts[:-1])
-                self._keep([request], [out.hidden[n, : counts[-1]]])
-            else:
-                self._keep([request], [out.hidden[:, n]])
+    def go_on(
+        self, launched: LaunchedRounds, requests: Sequence[Request], max_rounds: int
+    ) -> LaunchedRounds:
+        """Launch further rounds of the same sequences behind some that nobody has read yet.
+
+        Args:
+            launched: rounds that `can_go_on`.
+            max_rounds: as for `launch_rounds`, behind all tokens that `launched` may decide.
+        """
+        return launched.go_on([request.page_ids for request in requests], max_rounds)
+
+    @torch.inference_mode()
+    def keep_rounds(
+        self, requests: Sequence[Request], out: RoundsOutput, num_drafts: int, *, is_last: bool
+    ) -> None:
+        """Note what rounds decided, once the requests have their tokens.
+
+        Args:
+            is_last: no call was launched behind this one, which has drafted from its states.
+        """
+        for decided in out.token_ids:
+            for request, token_ids in zip(requests, decided, strict=True):
+                request.num_computed += len(token_ids)
+        if out.hidden is None or not self.keeps_hidden or (num_drafts and not is_last):
+            return
+        # An answer that ended on the way has fewer tokens, and no more drafts.
+        parts = out.hidden.unbind(0 if num_drafts else 1)
+        going = [n for n, request in enumerate(requests) if request.finish_reason is None]
+        if num_drafts:
+            counts = list(map(len, out.token_ids[-1]))
+            for n in going:
+                request = requests[n]
+                self._pending[request.request_id].start = request.num_computed - counts[n]
+            kept = [parts[n][: counts[n]] for n in going]
+        else:
+            kept = [parts[n] for n in going]
+        self._keep([requests[n] for n in going], kept)
 
     def settle(self) -> None:
         """Take accepted rows into the cache's states now, which windows may put off."""

@@ -106,6 +106,26 @@ class Scheduler:
         self._grow_running()
         return DecodeStep(tuple(self.running))
 
+    @property
+    def can_admit(self) -> bool:
+        """Whether the request at the head of the line would start now."""
+        if not self.waiting or not self.slots.num_free:
+            return False
+        # A page for each running sequence to grow into, or the newcomer would be thrown out.
+        need = self._num_missing_pages(self.waiting[0]) + len(self.running)
+        return need <= self.pages.num_free
+
+    def grow_ahead(self, request: Request, num_tokens: int) -> None:
+        """Give a running sequence pages for so many tokens, as far as nobody else lacks them.
+
+        Nobody is preempted, and a page for each running sequence stays free. Tokens beyond the end
+        of the answer need none.
+        """
+        need = self._pages_for(min(num_tokens, request.max_total_tokens)) - len(request.page_ids)
+        count = min(need, self.pages.num_free - len(self.running))
+        if count > 0:
+            request.page_ids += self.pages.allocate(count)
+
     def release(self, requests: Iterable[Request]) -> None:
         """Take back the memory of finished or aborted requests; unknown ones are ignored."""
         for request in requests:
@@ -139,16 +159,9 @@ class Scheduler:
         return max(0, self._pages_for(reach) - len(request.page_ids))
 
     def _admit(self) -> None:
-        while self.waiting and self.slots.num_free:
-            request = self.waiting[0]
-            need = self._num_missing_pages(request)
-            # A page for each running sequence to grow into, or the newcomer would be thrown out.
-            if need + len(self.running) > self.pages.num_free and self.running:
-                return
-            if need > self.pages.num_free:
-                return
-            self.waiting.popleft()
-            request.page_ids += self.pages.allocate(need)
+        while self.can_admit:
+            request = self.waiting.popleft()
+            request.page_ids += self.pages.allocate(self._num_missing_pages(request))
             request.state_slot = self.slots.allocate(1)[0]
             request.status = RequestStatus.RUNNING
             self.running.append(request)
@@ -159,7 +172,8 @@ class Scheduler:
             request = self.running[idx]
             need = self._num_missing_pages(request)
             if need <= self.pages.num_free:
-                request.page_ids += self.pages.allocate(need)
+                if need:
+                    request.page_ids += self.pages.allocate(need)
                 idx += 1
             else:
                 # Alone a sequence always fits, so the oldest one is never the victim.

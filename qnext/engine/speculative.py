@@ -194,15 +194,16 @@ class AutoSpeculation:
             accepted: for each sequence its drafts and how many were accepted.
             deferred_seconds: time of the work put off, which is part of what a trial costs.
         """
-        for drafts, accepts in accepted:
-            self._count(drafts, accepts)
+        if num_drafts:
+            for drafts, accepts in accepted:
+                self._count(drafts, accepts)
         is_typical = all(drafts == num_drafts for drafts, _ in accepted)
         if is_typical and self._is_warm:
             times = self._times.setdefault(_size_class(num_seqs), {})
             times.setdefault(num_drafts, deque(maxlen=self.KEPT_TIMES)).append(seconds)
         self._is_warm = True
         self._probe_deferred_seconds += deferred_seconds
-        self._advance(num_seqs)
+        self._advance(num_seqs, num_drafts)
 
     def rate(self, num_seqs: int, num_drafts: int) -> float | None:
         """Expected tokens per second and sequence; None before any time was measured."""
@@ -229,16 +230,18 @@ class AutoSpeculation:
             self._num_tested[depth] = self._num_tested[depth] * self.MEMORY + 1
             self._num_accepted[depth] = self._num_accepted[depth] * self.MEMORY + is_accepted
 
-    def _advance(self, num_seqs: int) -> None:
+    def _advance(self, num_seqs: int, num_drafts: int) -> None:
         if self._first_steps:
             self._first_steps.popleft()
             if not self._first_steps:
                 self._choose_best(num_seqs)
             return
         if self._probe:
-            self._probe.popleft()
-            if not self._probe:
-                self._choose_best(num_seqs)
+            # A call that was on its way when the trial began is not part of it.
+            if num_drafts == self._probe[0]:
+                self._probe.popleft()
+                if not self._probe:
+                    self._choose_best(num_seqs)
             return
         self._steps_to_probe -= 1
         if self._steps_to_probe <= 0:

@@ -1,6 +1,6 @@
 """Text of a growing answer: stop strings found, unsafe ends held back, drafts told apart."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -50,6 +50,22 @@ class OutputText:
         if self._detokenizer is None:
             return None
         return self._add(self._detokenizer.push([token_id]), is_accepted_draft)
+
+    def extend(self, windows: Sequence[list[int]]) -> None:
+        """Add the text of many tokens at once; there are no stop strings to look for.
+
+        Args:
+            windows: in each accepted drafts and one token more.
+        """
+        assert not self._stop, f"{self._stop} may end the text after any token"
+        if self._detokenizer is None:
+            return
+        if all(len(window) == 1 for window in windows):
+            self._add(self._detokenizer.push(window[0] for window in windows), False)
+            return
+        for window in windows:
+            self._add(self._detokenizer.push(window[:-1]), True)
+            self._add(self._detokenizer.push(window[-1:]), False)
 
     def finish(self) -> None:
         """Take what the detokenizer still holds, unless a stop string ended the answer."""

@@ -343,11 +343,11 @@ def test_steps_that_go_on_by_themselves_end_where_an_answer_ends(
         monkeypatch.setattr(engine, "AHEAD_SECONDS", ahead_seconds)
         llm = tiny_llm(model, num_speculative_tokens=0)
         calls = []
-        take = llm.engine.runner.take_rounds
+        launch = llm.engine.runner.launch_rounds
         monkeypatch.setattr(
             llm.engine.runner,
-            "take_rounds",
-            lambda *args, take=take, calls=calls: calls.append(take(*args)) or calls[-1],
+            "launch_rounds",
+            lambda *args, launch=launch, calls=calls: calls.append(launch(*args)) or calls[-1],
         )
         outputs = [
             output.outputs[0]
@@ -355,6 +355,6 @@ def test_steps_that_go_on_by_themselves_end_where_an_answer_ends(
             for output in llm.generate([prompts[i] for i in range(len(group))], group)
         ]
         found.append([(o.token_ids, o.finish_reason, o.stop_reason) for o in outputs])
-        longest = max(len(out.token_ids) if out else 0 for out in calls)
+        longest = max(len(out.read().token_ids) if out else 0 for out in calls)
         assert (longest > 4) == (backend == "numba" and ahead_seconds > 0)
     assert found[0] == found[1]

@@ -92,3 +92,32 @@ def test_metrics_count_tokens_and_time():
     assert request.metrics.time_to_first_token == 0.5
     assert request.metrics.tokens_per_second(now=2.0) == 2.0
     assert request.metrics.acceptance_rate is None
+
+
+WINDOWS = [[3, 4], [5], [6, 7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "num_windows", "reason"),
+    [
+        ({}, 6, 3, None),
+        ({"max_total_tokens": 8}, 6, 3, "length"),
+        ({"max_total_tokens": 5}, 3, 2, "length"),
+        ({"end_token_ids": frozenset({7})}, 5, 3, "stop"),
+        ({"stop_token_ids": [4]}, 2, 1, "stop"),
+        ({"repetition_penalty": 1.5}, 6, 3, None),
+    ],
+)
+def test_windows_at_once_are_their_tokens_one_by_one(options, kept, num_windows, reason):
+    mine = {
+        name: options[name] for name in ("max_total_tokens", "end_token_ids") if name in options
+    }
+    params = SamplingParams(**{name: v for name, v in options.items() if name not in mine})
+    together, single = (request_of(params, **{"max_total_tokens": 20, **mine}) for _ in range(2))
+    assert together.append_windows(WINDOWS, now=1.0) == num_windows
+    append(single, *[token_id for window in WINDOWS for token_id in window][:kept])
+    assert together.output() == single.output()
+    assert together.token_ids == single.token_ids
+    assert together.output_counts == single.output_counts
+    assert together.finish_reason == reason
+    assert together.metrics == single.metrics

@@ -181,3 +181,33 @@ def test_aborting_frees_what_is_held_and_what_waits():
     scheduler.release([waiting, running, running])
     assert not scheduler.has_work
     assert scheduler.pages.num_free == scheduler.limits.num_pages
+
+
+def test_pages_ahead_are_given_while_a_page_is_left_for_everyone():
+    scheduler = scheduler_of(num_pages=8, max_num_seqs=2)
+    first, second = request_of("a", 4, max_tokens=40 - 12), request_of("b", 4, max_tokens=3)
+    for request in (first, second):
+        scheduler.add(request)
+    run_step(scheduler)
+    assert (len(first.page_ids), len(second.page_ids), scheduler.pages.num_free) == (1, 1, 6)
+    scheduler.grow_ahead(second, 100)
+    assert len(second.page_ids) == 2, "its answer needs no more"
+    scheduler.grow_ahead(first, 100)
+    assert (len(first.page_ids), scheduler.pages.num_free) == (4, 2)
+    scheduler.grow_ahead(first, 5)
+    assert len(first.page_ids) == 4
+    scheduler.release([first, second])
+    assert scheduler.pages.num_free == 8
+
+
+def test_who_waits_may_start_when_a_slot_and_pages_are_free():
+    scheduler = scheduler_of(num_pages=6, max_num_seqs=2)
+    assert not scheduler.can_admit
+    first, second = request_of("a", 8), request_of("b", 16, max_tokens=1)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert scheduler.can_admit
+    run_step(scheduler)
+    assert second.state_slot is None and not scheduler.can_admit, "pages are missing"
+    scheduler.release([first])
+    assert scheduler.can_admit

@@ -76,6 +76,15 @@ def test_accepted_drafts_keep_their_mark():
     assert text.take_ready() == []
 
 
+def test_windows_at_once_keep_the_marks_of_their_tokens():
+    text = OutputText(LetterDetokenizer(["a", "b", "c", "d"]))
+    text.extend([[0], [1, 2, 3]])
+    assert text.take_ready() == [("a", False), ("bc", True), ("d", False)]
+    plain = OutputText(LetterDetokenizer(["a", "b", "c"]))
+    plain.extend([[0], [1], [2]])
+    assert plain.take_ready() == [("abc", False)]
+
+
 def test_stop_strings_without_a_tokenizer_are_refused():
     with pytest.raises(ValueError, match="needs a tokenizer"):
         OutputText(None, ("end",))

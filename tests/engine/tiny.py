@@ -66,7 +66,7 @@ def tiny_llm(model: Qwen3Next | None = None, **options) -> LLM:
 
 def step_by_step(llm: LLM) -> LLM:
     """Keep kernels from going on by themselves: every token is decided in Python."""
-    llm.engine.runner.take_rounds = lambda *args: None
+    llm.engine.runner.launch_rounds = lambda *args: None
     return llm
 
 

@@ -5,6 +5,7 @@ import pytest
 from qnext.engine import fused
 from qnext.engine.request import SamplingParams
 from qnext.kernels.dispatch import use_backend
+from tests.engine.slow_device import Always
 from tests.engine.tiny import greedy, id_prompts, step_by_step, tiny_llm, tiny_model, token_ids
 from tests.kernels.triton_env import DEVICE, IS_INTERPRETED
 
@@ -82,3 +83,56 @@ def test_convolutions_that_the_kernel_does_not_take_are_left_to_the_layers(trito
     assert triton_fwd._objection(step) is None
     step.config = replace(step.config, linear_conv_kernel_dim=5)
     assert "convolutions of 5 taps" in triton_fwd._objection(step)
+
+
+def several_rounds(llm, num_rounds=2):
+    """Calls of as many rounds as this, whatever a step takes; notes which ones overlap."""
+    overlaps = []
+    go_on = llm.engine.runner.go_on
+    llm.engine._step_seconds = Always(num_rounds)
+    llm.engine.runner.go_on = lambda *args: overlaps.append(1) or go_on(*args)
+    return overlaps
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_calls_behind_calls_that_nobody_has_read_write_the_same_text(
+    model, triton_steps, monkeypatch, num_drafts
+):
+    from qnext.kernels.decode_step import cuda_rounds
+
+    length = 2 * NUM_TOKENS
+    prompts = id_prompts(7, 3)
+    (stopped,) = expected_tokens(model, prompts[1], greedy(length), 0)
+    params = [
+        SamplingParams(max_tokens=length, temperature=0.7, top_k=20, top_p=0.9, seed=5),
+        greedy(length, stop_token_ids=[stopped[NUM_TOKENS]]),
+    ]
+    found, num_overlaps = [], []
+    for may_overlap in (True, False):
+        if not may_overlap:
+            monkeypatch.setattr(cuda_rounds.GraphRounds, "can_go_on", False)
+        llm = tiny_llm(model, num_speculative_tokens=num_drafts)
+        overlaps = several_rounds(llm, num_rounds=1 if num_drafts else 2)
+        found.append(token_ids(llm.generate(prompts, params)))
+        num_overlaps.append(len(overlaps))
+        assert llm.engine.scheduler.pages.num_free == llm.engine.scheduler.limits.num_pages
+    assert found[0] == found[1]
+    assert found[0][1] == stopped[: stopped.index(stopped[NUM_TOKENS]) + 1]
+    assert num_overlaps[0] > 0 and not num_overlaps[1]
+
+
+def test_states_may_be_settled_and_weights_read_while_a_call_runs(model, triton_steps):
+    prompts, params = id_prompts(3, 9), greedy(2 * NUM_TOKENS)
+    llm = tiny_llm(model, num_speculative_tokens=0)
+    several_rounds(llm)
+    requests = llm._requests(prompts, params)
+    for request in requests:
+        llm.engine.add(request)
+    interrupts = [llm.engine.runner.settle, llm.engine.runner.read_weights]
+    while llm.engine.has_work:
+        llm.engine.step()
+        if interrupts and llm.engine._flights:
+            interrupts.pop()()
+    assert not interrupts, "calls must have been on their way"
+    found = [request.output_token_ids for request in requests]
+    assert found == expected_tokens(model, prompts, params, 0)

@@ -1,347 +1,174 @@
 """Rounds of drafts, verification and decisions as one CUDA graph that is replayed.
 
-Nothing in a round waits for the host. It writes what was decided to a log, and its own next inputs:
-tokens, lengths, pending rows. The host reads the log once for several rounds.
+The host reads the log once for several rounds, which are one call. A call may be launched behind
+one that still runs: its inputs are where the last round left them, and only pages come from the
+host. The order of the stream keeps the two apart on the device, so that only what the host itself
+reads and writes is there twice.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
-import triton
-import triton.language as tl
 
-from qnext.kernels.decode_step.reference import NOT_NUMBERS, DecodeStep, Rounds, RoundsOutput
+from qnext.kernels.decode_step.captured_round import CapturedRounds
+from qnext.kernels.decode_step.reference import (
+    MAX_ROUNDS,
+    NOT_NUMBERS,
+    DecodeStep,
+    LaunchedRounds,
+    Rounds,
+    RoundsOutput,
+)
 from qnext.kernels.decode_step.triton_fwd import (
     Prepared,
-    commit_window,
+    SlotState,
     enter,
+    land,
     prepare,
 )
-from qnext.kernels.decode_step.triton_layers import DeviceRows, StepTensors, logits_of, run_step
-from qnext.kernels.sample_rows.fields import (
-    SampledRows,
-    SampleWorkspace,
-    SamplingFields,
-    Window,
-)
-from qnext.kernels.sample_rows.triton_accept import accept_drafts_triton
-from qnext.kernels.sample_rows.triton_fwd import sample_rows_triton
-from qnext.runtime.random_bits import Purpose
 
-MAX_ROUNDS = 16  # of one call
 # Numbers of sequences that graphs are captured for; others are filled up with padding, and those
 # above the last to a multiple of it.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 MAX_GRAPHS = 24  # kept; each has buffers of its own
 
 
-@triton.jit
-def advance_rounds_kernel(
-    p_tokens: tl.tensor,
-    p_accepted: tl.tensor,
-    p_lens: tl.tensor,
-    p_contexts: tl.tensor,
-    p_pending: tl.tensor,
-    p_last: tl.tensor,
-    p_draft_ids: tl.tensor,
-    p_draft_lens: tl.tensor,
-    p_draft_contexts: tl.tensor,
-    p_log: tl.tensor,
-    p_round: tl.tensor,
-    p_logits: tl.tensor,
-    num_seqs: tl.tensor,
-    W: tl.tensor,
-    Q: tl.constexpr,
-    BQ: tl.constexpr,
-) -> None:
-    """One program per sequence: log what was decided and make it the next round's input.
+class GraphRounds(LaunchedRounds):
+    """Rounds that a GPU takes by itself, queued on the current stream.
 
-    Where the last token's logit is not a number, the count that is logged is -1.
-    """
-    n = tl.program_id(0)
-    is_real = tl.load(p_lens + n) > 0
-    i_round = tl.load(p_round)
-    o_q = tl.arange(0, BQ)
-    m_q = o_q < Q
-    accepted = 0
-    if Q > 1:
-        accepted = tl.load(p_accepted + n)
-    count = tl.where(is_real, accepted + 1, 0)
-    # What lies behind them was never written.
-    tokens = tl.load(p_tokens + n * Q + o_q, mask=m_q & (o_q < count), other=0)
-    p_log += (i_round * num_seqs + n) * (Q + 1)
-    tl.store(p_log + 1 + o_q, tokens, mask=m_q)
-    last = tl.sum(tl.where(o_q == accepted, tokens, 0), 0)
-    logit = tl.load(p_logits + (n * Q + accepted).to(tl.int64) * W + last, mask=is_real, other=0.0)
-    tl.store(p_log, tl.where(logit == logit, count, -1).to(tl.int64))
-    context = tl.load(p_contexts + n)
-    tl.store(p_draft_ids + n * Q + o_q, tokens, mask=m_q)
-    tl.store(p_draft_lens + n, count)
-    tl.store(p_draft_contexts + n, context)
-    tl.store(p_last + n, last)
-    tl.store(p_pending + n, accepted)
-    tl.store(p_contexts + n, context + count)
-
-
-class SentInputs:
-    """What the host sends before the first round, in one copy.
-
-    Attributes:
-        words: last tokens and seeds. [2, N], int64
-        ints: rows of a window (0 is padding), contexts, slots, pending rows, top_k. [5, N], int32
-        floats: temperature, top_p, min_p. [3, N], fp32
-        pages: [N, P], int32
-    """
-
-    def __init__(self, num_seqs: int, max_pages: int, device: torch.device) -> None:
-        sizes = (16 * num_seqs, 20 * num_seqs, 12 * num_seqs, 4 * num_seqs * max_pages)
-        # On the host pinned, so that the copy needs no other.
-        self.host = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.device = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
-        self.words, self.ints, self.floats, self.pages = self._parts(self.device, sizes, num_seqs)
-        parts = self._parts(self.host, sizes, num_seqs)
-        self.host_words, self.host_ints, self.host_floats, self.host_pages = (
-            part.numpy() for part in parts
-        )
-
-    @staticmethod
-    def _parts(
-        memory: torch.Tensor, sizes: tuple[int, ...], num_seqs: int
-    ) -> tuple[torch.Tensor, ...]:
-        words, ints, floats, pages = memory.split(sizes)
-        return (
-            words.view(torch.int64).view(2, num_seqs),
-            ints.view(torch.int32).view(5, num_seqs),
-            floats.view(torch.float32).view(3, num_seqs),
-            pages.view(torch.int32).view(num_seqs, -1),
-        )
-
-    def send(self, rounds: Rounds, window: int, num_pending: list[int]) -> None:
-        """Write the inputs of the first round; the copy before has ended."""
-        rows, n = rounds.rows, len(rounds.cuts)
-        self.host_ints[0] = 0
-        self.host_ints[0, :n] = window
-        self.host_ints[1, :n], self.host_ints[2, :n] = rows.context_lens, rows.state_slots
-        self.host_ints[3, :n] = num_pending
-        self.host_ints[4, :n] = [0 if cuts is None else cuts.top_k for cuts in rounds.cuts]
-        self.host_floats[:, :n] = [
-            [0.0 if cuts is None else cuts.temperature for cuts in rounds.cuts],
-            [1.0 if cuts is None else cuts.top_p for cuts in rounds.cuts],
-            [0.0 if cuts is None else cuts.min_p for cuts in rounds.cuts],
-        ]
-        self.host_words[0, :n] = rows.token_ids
-        # Seeds are 64 bits without a sign, torch's integers have one.
-        self.host_words[1, :n] = np.array(rounds.seeds, dtype=np.uint64).view(np.int64)
-        for row, pages in zip(self.host_pages, rows.pages, strict=False):
-            row[: len(pages)] = pages
-        self.device.copy_(self.host, non_blocking=True)
-
-
-@dataclass
-class _Buffers:
-    """Inputs and outputs of a captured round, for N sequences with D drafts, Q = D + 1."""
-
-    lens: torch.Tensor  # [N], int32: Q, or 0 for padding
-    contexts: torch.Tensor  # [N], int32
-    slots: torch.Tensor
-    pending: torch.Tensor
-    last_ids: torch.Tensor  # [N], int64
-    pages: torch.Tensor  # [N, P], int32
-    fields: SamplingFields
-    draft_ids: torch.Tensor  # [N, Q], int64
-    draft_lens: torch.Tensor  # [N], int32
-    draft_contexts: torch.Tensor
-    draft_states: torch.Tensor  # [N * Q, C]
-    log: torch.Tensor  # how many tokens were decided, and which. [MAX_ROUNDS, N, 1 + Q], int64
-    log_states: torch.Tensor  # [MAX_ROUNDS, N, C]; of rounds without drafts
-    round: torch.Tensor  # [1], int64
-
-
-class CapturedRounds:
-    """A round for up to N sequences with D drafts each.
+    What they decided is in host memory once `read` has waited for it; the states of the slots are
+    known to the host from then on.
 
     Args:
-        trunk, draft: weights of both; draft is None where D = 0.
-        has_filters: whether top_k, top_p or min_p may be asked for.
-        max_pages: of a sequence.
+        trunk: the model's layers and head.
+        captured: the round; its buffers hold the inputs, or will once `before` is over.
+        rounds: what was asked for.
+        before: the call that these follow, if there is one.
+        setup_seconds: spent on capturing the round.
     """
 
     def __init__(
         self,
-        trunk: StepTensors,
-        draft: StepTensors | None,
-        sizes: tuple[int, int],
+        trunk: DecodeStep,
+        captured: CapturedRounds,
+        rounds: Rounds,
         *,
-        has_filters: bool,
-        max_pages: int,
+        before: "GraphRounds | None" = None,
+        setup_seconds: float = 0.0,
     ) -> None:
-        self.trunk, self.draft = trunk, draft
-        self.num_seqs, self.num_drafts = sizes
-        self.window = self.num_drafts + 1
-        self.has_filters = has_filters
-        step = trunk.step
-        device, dtype = step.keys.device, step.keys.dtype
-        n, q, size = self.num_seqs, self.window, step.config.hidden_size
-        vocab_size = step.parameters[step.head].shape[0]
+        super().__init__(None)
+        self.trunk, self.captured, self.rounds = trunk, captured, rounds
+        self._num_rounds = min(rounds.max_rounds, MAX_ROUNDS)
+        self._before = before
+        self._half: int = 0 if before is None else 1 - before._half
+        self._num_pages = list(map(len, rounds.rows.pages))
+        self._setup_seconds = setup_seconds
+        captured.replay(self.num_rounds)
+        log = captured.host_log[self._half, : self.num_rounds]
+        log.copy_(captured.buffers.log[: self.num_rounds], non_blocking=True)
+        # A copy of its own: the call behind this one writes where it was.
+        self._hidden = captured.hidden(self.num_rounds) if rounds.wants_hidden else None
+        self._event: torch.cuda.Event | None = None
+        if captured.buffers.log.device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+        trunk.prepared.launched = self
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of this call."""
+        return self._num_rounds
 
-        self.sent = sent = SentInputs(n, max_pages, device)
-        fields = SamplingFields(
-            temperature=sent.floats[0],
-            top_p=sent.floats[1],
-            min_p=sent.floats[2],
-            top_k=sent.ints[4],
-            seed=sent.words[1],
-            position=zeros(n),
-        )
-        self.buffers = _Buffers(
-            lens=sent.ints[0],
-            contexts=sent.ints[1],
-            slots=sent.ints[2],
-            pending=sent.ints[3],
-            last_ids=sent.words[0],
-            pages=sent.pages,
-            fields=fields,
-            draft_ids=zeros(n, q, dtype=torch.int64),
-            draft_lens=zeros(n),
-            draft_contexts=zeros(n),
-            draft_states=zeros(n * q, size, dtype=dtype),
-            log=zeros(MAX_ROUNDS, n, q + 1, dtype=torch.int64),
-            log_states=zeros(MAX_ROUNDS, n, size, dtype=dtype),
-            round=zeros(1, dtype=torch.int64),
-        )
-        self.workspace = SampleWorkspace.allocate(n * q, vocab_size, device)
-        # q of each draft: its own logits and the cut that it was drawn under.
-        depth = max(1, self.num_drafts)
-        self.draft_logits = zeros(
-            n if draft else 0, depth, vocab_size if draft else 0, dtype=torch.float32
-        )
-        self.draft_cuts = zeros(n, depth, 4, dtype=torch.int64)
-        self.draft_tokens = zeros(n, depth, dtype=torch.int64)
-        self.graph: torch.cuda.CUDAGraph | None = None
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the device is still where these rounds leave it."""
+        return self.trunk.prepared.launched is self
 
-    def capture(self, prepared: Prepared) -> None:
-        """Compile the kernels on padding alone, which touches no sequence, then record a round.
+    def go_on(self, pages: Sequence[Sequence[int]], max_rounds: int) -> "GraphRounds":
+        """As `LaunchedRounds.go_on`; the call before these has been read."""
+        if not self.can_go_on:
+            raise RuntimeError("others have written where these rounds left off")
+        is_first = self._before is None or self._before._output is not None
+        assert is_first, "two calls are on their way, the host has room for no third"
+        width = self.captured.sent.pages.shape[1]
+        grown = [
+            (n * width + i, own[i])
+            for n, (own, known) in enumerate(zip(pages, self._num_pages, strict=True))
+            for i in range(known, len(own))
+        ]
+        self.captured.grown.send(1 - self._half, grown)
+        rows = replace(self.rounds.rows, pages=pages)
+        rounds = replace(self.rounds, rows=rows, draft_rows=None, max_rounds=max_rounds)
+        return GraphRounds(self.trunk, self.captured, rounds, before=self)
 
-        All graphs work in one pool of memory: only one runs at a time, and what outlives a round
-        lies in buffers outside of it.
-        """
-        if self.buffers.lens.device.type != "cuda":
-            return  # the interpreter runs launch by launch
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._round()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        if prepared.graph_pool is None:
-            prepared.graph_pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(self.graph, pool=prepared.graph_pool):
-            self._round()
+    def read(self) -> RoundsOutput:
+        """As `LaunchedRounds.read`; calls are read in the order of their launch."""
+        if self._output is None:
+            try:
+                if self._before is not None:
+                    self._before.read()
+                    self._before = None
+                self.wait()
+                self._output = self._commit()
+            except ValueError:
+                self.trunk.prepared.launched = None  # nothing goes on from what is no text
+                raise
+        return self._output
 
-    def replay(self, num_rounds: int) -> None:
-        """Take rounds from what the buffers hold."""
-        self.buffers.round.zero_()
-        for _ in range(num_rounds):
-            if self.graph is None:
-                self._round()
-            else:
-                self.graph.replay()
+    def wait(self) -> None:
+        """Until the device has taken the rounds."""
+        if self._event is not None:
+            self._event.synchronize()
 
-    def _round(self) -> None:
-        b, q = self.buffers, self.window
-        torch.add(b.contexts, 1, out=b.fields.position)
-        tokens = b.last_ids[:, None]
-        if self.draft is not None:
-            self._draft_tokens(self.draft)
-            tokens = torch.cat([tokens, self.draft_tokens], dim=1)
-        rows = DeviceRows(tokens.flatten(), b.lens, b.contexts, b.slots, b.pending, b.pages)
-        states = run_step(self.trunk, rows)
-        logits = logits_of(self.trunk, states)
-        decided, accepted = self._decide(logits)
-        if self.draft is not None:
-            b.draft_states.copy_(states)
-        else:
-            b.log_states.index_copy_(0, b.round, states[None])
-        advance_rounds_kernel[(self.num_seqs,)](
-            decided,
-            accepted,
-            b.lens,
-            b.contexts,
-            b.pending,
-            b.last_ids,
-            b.draft_ids,
-            b.draft_lens,
-            b.draft_contexts,
-            b.log,
-            b.round,
-            logits,
-            self.num_seqs,
-            logits.shape[1],
-            Q=q,
-            BQ=triton.next_power_of_2(q),
-            num_warps=1,
-        )
-        b.round.add_(1)
+    def drop(self) -> None:
+        """As `LaunchedRounds.drop`."""
+        self.wait()
+        if self.can_go_on:
+            self.trunk.prepared.launched = None
 
-    def _decide(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens [N, Q] and how many drafts stand [N]."""
-        b = self.buffers
-        if self.draft is None:
-            rows = sample_rows_triton(
-                logits,
-                b.fields,
-                purpose=int(Purpose.TARGET),
-                query_lens=b.lens,
-                has_filters=self.has_filters,
-                workspace=self.workspace,
-            )
-            return rows.tokens, b.lens
-        window = Window(self.draft_tokens, b.lens, self.draft_logits, self.draft_cuts)
-        return accept_drafts_triton(
-            logits, b.fields, window, has_filters=self.has_filters, workspace=self.workspace
-        )
+    def _commit(self) -> RoundsOutput:
+        slots = self.rounds.rows.state_slots
+        num_seqs = len(slots)
+        log = self.captured.host_log[self._half, : self.num_rounds, :num_seqs].tolist()
+        counts = [[own[0] for own in row] for row in log]
+        if min(map(min, counts)) < 0:
+            raise ValueError(NOT_NUMBERS)
+        tokens = [[own[1 : 1 + own[0]] for own in row] for row in log]
+        known = self.trunk.prepared.slots
+        for slot, *own in zip(slots, *counts, strict=True):
+            state: SlotState = known[slot]
+            assert state.num_tokens is not None, f"slot {slot} was not entered"
+            state.num_tokens += sum(own)
+            state.num_pending = own[-1] - 1
+        hidden = self._hidden
+        if hidden is not None:
+            hidden = hidden[:num_seqs] if self.rounds.num_drafts else hidden[:, :num_seqs]
+        return RoundsOutput(tokens, hidden, self._setup_seconds)
 
-    def _draft_tokens(self, draft: StepTensors) -> None:
-        """All drafts of a round: the first from the rows decided last, the others from drafts."""
-        b, n, q = self.buffers, self.num_seqs, self.window
-        is_real = (b.lens > 0).to(torch.int32)
-        places = torch.arange(n, device=b.lens.device) * q
-        last_rows = (places + b.draft_lens - 1).clamp_min(0)
-        ids, states = b.draft_ids.flatten(), b.draft_states
-        lens, contexts = b.draft_lens, b.draft_contexts
-        for depth in range(self.num_drafts):
-            rows = DeviceRows(ids, lens, contexts, b.slots, b.pending, b.pages, states)
-            states = run_step(draft, rows)
-            if depth == 0:
-                states = states.index_select(0, last_rows)
-                contexts, lens = b.contexts, is_real
-            else:
-                contexts = contexts + 1
-            logits = logits_of(draft, states)
-            self.draft_logits[:, depth].copy_(logits)
-            out = SampledRows(
-                torch.empty(n, dtype=torch.int64, device=logits.device),
-                torch.empty(n, dtype=torch.float32, device=logits.device),
-                self.draft_cuts[:, depth],
-            )
-            sample_rows_triton(
-                logits,
-                b.fields,
-                purpose=int(Purpose.DRAFT),
-                position_offset=depth,
-                query_lens=is_real,
-                has_filters=self.has_filters,
-                out=out,
-                workspace=self.workspace,
-            )
-            # A row of padding was not drawn: its number must still be a token.
-            ids = torch.where(is_real > 0, out.tokens, 0)
-            self.draft_tokens[:, depth].copy_(ids)
+
+def launch_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> GraphRounds:
+    """Queue rounds on the current stream; those launched before are read first.
+
+    Args:
+        trunk: the model's layers and head.
+        draft: its MTP layer, where num_drafts > 0.
+
+    Raises:
+        ValueError: logits of the rounds before are not numbers.
+    """
+    prepared: Prepared = trunk.prepared or prepare(trunk)
+    land(prepared)
+    enter(trunk, rounds.rows)
+    began = time.perf_counter()
+    captured = _captured(trunk, draft, rounds)
+    setup_seconds = time.perf_counter() - began
+    pending = [prepared.slots[slot].num_pending for slot in rounds.rows.state_slots]
+    captured.sent.send(rounds, captured.window, pending)
+    if rounds.draft_rows is not None:
+        _send_draft_rows(captured, rounds)
+    return GraphRounds(trunk, captured, rounds, setup_seconds=setup_seconds)
 
 
 def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> RoundsOutput:
@@ -350,34 +177,7 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
     Raises:
         ValueError: logits are not numbers.
     """
-    prepared: Prepared = trunk.prepared or prepare(trunk)
-    enter(trunk, rounds.rows)
-    num_seqs, num_drafts = len(rounds.cuts), rounds.num_drafts
-    began = time.perf_counter()
-    captured = _captured(trunk, draft, rounds)
-    setup_seconds = time.perf_counter() - began
-    b = captured.buffers
-    pending = [prepared.slots[slot].num_pending for slot in rounds.rows.state_slots]
-    captured.sent.send(rounds, captured.window, pending)
-    if rounds.draft_rows is not None:
-        _send_draft_rows(captured, rounds)
-    num_rounds = min(rounds.max_rounds, MAX_ROUNDS)
-    captured.replay(num_rounds)
-    log = b.log[:num_rounds, :num_seqs].cpu().tolist()  # waits for the device, once
-    tokens = [[own[1 : 1 + own[0]] for own in row] for row in log]
-    counts = [[own[0] for own in row] for row in log]
-    if min(map(min, counts)) < 0:
-        raise ValueError(NOT_NUMBERS)
-    slots = rounds.rows.state_slots
-    for n, slot in enumerate(slots):
-        total = sum(row[n] for row in counts)
-        commit_window(trunk, [slot], [counts[-1][n]])
-        prepared.slots[slot].num_tokens = rounds.rows.context_lens[n] + total
-    if num_drafts:
-        hidden = b.draft_states.view(captured.num_seqs, captured.window, -1)[:num_seqs].clone()
-    else:
-        hidden = b.log_states[:num_rounds, :num_seqs].clone()
-    return RoundsOutput(tokens, hidden, setup_seconds)
+    return launch_rounds(trunk, draft, rounds).read()
 
 
 def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> CapturedRounds:
@@ -425,3 +225,6 @@ def _send_draft_rows(captured: CapturedRounds, rounds: Rounds) -> None:
     lists[:, :num_seqs] = torch.tensor([rows.query_lens, rows.context_lens])
     b.draft_lens.copy_(lists[0].to(device))
     b.draft_contexts.copy_(lists[1].to(device))
+    ends = torch.zeros(captured.num_seqs, dtype=torch.int64)
+    ends[:num_seqs] = torch.arange(num_seqs) * window + lists[0, :num_seqs] - 1
+    b.draft_ends.copy_(ends.to(device))

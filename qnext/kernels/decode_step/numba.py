@@ -20,7 +20,13 @@ from qnext.kernels.cpu_products import CHUNK, LAYOUTS, PRODUCTS
 from qnext.kernels.cpu_team import TeamPace
 from qnext.kernels.decode_step import fields as F
 from qnext.kernels.decode_step.layers import ONE_STEP, run_layer, run_step
-from qnext.kernels.decode_step.reference import NOT_NUMBERS, DecodeStep, StepOutput, WindowRows
+from qnext.kernels.decode_step.reference import (
+    MAX_ROUNDS,
+    NOT_NUMBERS,
+    DecodeStep,
+    StepOutput,
+    WindowRows,
+)
 from qnext.kernels.experts.step import mix_experts
 from qnext.kernels.gated_delta_window.step import mix_window
 from qnext.kernels.paged_attention.step import attend_window
@@ -29,7 +35,7 @@ from qnext.runtime.log import log_once
 _logger = logging.getLogger("qnext.kernels")
 _KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 MIN_ROWS = 8  # that there is room for from the start
-MAX_STEPS = 16  # rounds in one call
+MAX_STEPS = MAX_ROUNDS
 MAX_WINDOW = 1 << 10  # rows of a sequence: no limit of the kernels' own
 MAX_END_IDS = 16  # looked for between them; others end a text a few tokens later
 

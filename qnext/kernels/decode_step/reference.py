@@ -9,6 +9,7 @@ import torch
 from qnext.config.model import ModelConfig
 from qnext.kernels.decide_token.reference import Cuts
 
+MAX_ROUNDS = 16  # that a backend takes in one call
 NOT_NUMBERS = "the logits are not numbers: the model's weights hold NaN or infinities"
 
 
@@ -65,6 +66,7 @@ class Rounds:
         num_drafts: of each sequence in a round.
         max_rounds: rounds to take at most; there are pages for all of them.
         end_token_ids: no round is taken after one that decided one of these.
+        wants_hidden: whether the states that decided the tokens are asked for.
     """
 
     rows: WindowRows
@@ -74,6 +76,7 @@ class Rounds:
     num_drafts: int
     max_rounds: int
     end_token_ids: Sequence[int]
+    wants_hidden: bool = True
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,59 @@ class RoundsOutput:
         token_ids: of each round and sequence, the drafts that stand and one token more.
         hidden: states after the final norm. Without drafts of all rounds [rounds, N, C]; with
             drafts of the last round's windows [N, D + 1, C], of which the rows that decided a
-            token are the sequence's.
+            token are the sequence's. None where a backend was told that nobody wants them.
         setup_seconds: spent on what the next call of this shape will find ready.
     """
 
     token_ids: list[list[list[int]]]
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
     setup_seconds: float = 0.0
+
+
+class LaunchedRounds:
+    """Rounds on their way; those of this class were over when their launch came back.
+
+    Args:
+        output: what they decided; None in a class that reads it later.
+    """
+
+    def __init__(self, output: RoundsOutput | None) -> None:
+        self._output = output
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of this call."""
+        return len(self.read().token_ids)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether further rounds may be launched behind these."""
+        return False
+
+    def read(self) -> RoundsOutput:
+        """Wait for the rounds and commit them; further calls return the same.
+
+        Raises:
+            ValueError: logits are not numbers.
+        """
+        assert self._output is not None, "nothing was decided"
+        return self._output
+
+    def drop(self) -> None:
+        """Wait for rounds whose sequences have all ended; nobody will read them."""
+
+    def go_on(self, pages: Sequence[Sequence[int]], max_rounds: int) -> "LaunchedRounds":
+        """Launch further rounds of the same sequences behind these.
+
+        Args:
+            pages: of each sequence, those that it had at the launch and newer ones.
+            max_rounds: rounds to take at most; there are pages for all of them, however many
+                tokens these here decide.
+
+        Raises:
+            RuntimeError: not `can_go_on`.
+        """
+        raise RuntimeError("these rounds are over: those that follow start with a launch")
 
 
 @dataclass

@@ -31,7 +31,13 @@ from qnext.kernels.decode_step.numba import (
     place,
     prepare,
 )
-from qnext.kernels.decode_step.reference import NOT_NUMBERS, DecodeStep, Rounds, RoundsOutput
+from qnext.kernels.decode_step.reference import (
+    NOT_NUMBERS,
+    DecodeStep,
+    LaunchedRounds,
+    Rounds,
+    RoundsOutput,
+)
 from qnext.runtime.random_bits import Purpose
 
 _TARGET, _DRAFT = int(Purpose.TARGET), int(Purpose.DRAFT)
@@ -282,6 +288,11 @@ def decode_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
         if window > 1
         else hidden.view(num_rounds, num_seqs, -1),
     )
+
+
+def launch_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> LaunchedRounds:
+    """As `decode_rounds`: a CPU has taken the rounds when this returns."""
+    return LaunchedRounds(decode_rounds(trunk, draft, rounds))
 
 
 def _make_room(prepared: Prepared, num_seqs: int, window: int) -> None:

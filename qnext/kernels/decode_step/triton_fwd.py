@@ -56,6 +56,7 @@ class Prepared:
     slots: dict[int, SlotState] = field(default_factory=dict)
     graphs: dict[Any, Any] = field(default_factory=dict)  # of `cuda_rounds`
     graph_pool: Any = None  # of memory, shared by all graphs
+    launched: Any = None  # the newest rounds of `cuda_rounds`, from whose end others may go on
     addresses: list[int] = field(default_factory=list)  # of the parameters that they read
 
 
@@ -124,6 +125,7 @@ def prepare(step: DecodeStep) -> Prepared:
 def decode_step_triton(step: DecodeStep, rows: WindowRows) -> StepOutput:
     """As `decode_step_reference`; windows are padded to the longest of them."""
     prepared: Prepared = step.prepared or prepare(step)
+    land(prepared)
     enter(step, rows)
     window = max(rows.query_lens)
     device = step.keys.device
@@ -157,6 +159,17 @@ def page_table(step: DecodeStep, pages: Sequence[Sequence[int]]) -> torch.Tensor
     for row, own in zip(table, pages, strict=True):
         row[: len(own)] = own
     return torch.from_numpy(table)
+
+
+def land(prepared: Prepared) -> None:
+    """Read rounds on their way: from here on the host knows where their sequences stand.
+
+    Raises:
+        ValueError: their logits are not numbers.
+    """
+    launched, prepared.launched = prepared.launched, None
+    if launched is not None:
+        launched.read()
 
 
 def start_slot(step: DecodeStep, slot: int) -> None:
@@ -196,6 +209,7 @@ def read_weights(step: DecodeStep) -> None:
     prepared: Prepared | None = step.prepared
     if prepared is None:
         return
+    land(prepared)
     known = prepared.tensors
     prepared.tensors = replace(known, layers=layer_weights(step, known.rotation))
     # All of the model's: a captured round reads the draft layer, embedding and head as well.
@@ -208,7 +222,10 @@ def read_weights(step: DecodeStep) -> None:
 def settle(step: DecodeStep, commit: Any) -> None:
     """Take accepted rows into the cache's states now, for others to read. commit: not needed"""
     prepared: Prepared | None = step.prepared
-    if prepared is None or step.config.num_linear_layers == 0:
+    if prepared is None:
+        return
+    land(prepared)
+    if step.config.num_linear_layers == 0:
         return
     tensors = prepared.tensors
     conv_state, states, ring = step.states[0], step.states[1], tensors.conv_ring
