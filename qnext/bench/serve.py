@@ -22,6 +22,7 @@ from qnext.bench.cells import Cell
 from qnext.bench.models import bench_config, free_memory, random_model
 from qnext.bench.options import SERVE_CELLS, SMALL_SERVE_CELLS, BenchOptions
 from qnext.bench.report import Row, Table, readable
+from qnext.bench.rounds import RoundSeconds, round_seconds
 from qnext.config.model import ModelConfig
 from qnext.engine.llm import LLM
 from qnext.engine.request import SamplingParams
@@ -241,6 +242,7 @@ class ServeRun:
         """Seconds of a plain step, and steps with drafts as multiples of it."""
         num_steps = NUM_SMALL_STEPS if self.options.is_small else NUM_STEPS
         plain: dict[str, float] = {}
+        plain_rounds: dict[str, float] = {}
         for num_drafts in range(self.options.max_drafts + 1):
             longest = WARM_UP_TOKENS + num_steps
             server = start_server(model, cells, longest, num_drafts, self.options)
@@ -254,12 +256,17 @@ class ServeRun:
                     partial(server.step_seconds, *work, num_steps),
                     self.budget.next_seconds(),
                 )
+                seconds = round_seconds(server.llm, cell.num_seqs, num_drafts) if values else None
+                if seconds is not None and num_drafts == 0:
+                    plain_rounds[cell.name] = seconds.whole
                 if values and num_drafts == 0:
                     row = Row(name, "ms", tuple(1e3 * value for value in values))
                     plain[cell.name] = row.median / 1e3
                     self.table.add(row)
                 elif values and cell.name in plain:
                     row = step_row(name, cell, num_drafts, values, plain[cell.name])
+                    if seconds is not None and cell.name in plain_rounds:
+                        row = with_parts(row, seconds, plain_rounds[cell.name])
                     accepted = server.llm.engine.metrics.acceptance_rate or 0.0
                     self.table.add(replace(row, details={**row.details, "accepted": accepted}))
             del server
@@ -285,6 +292,15 @@ def step_row(
         f"is assumed: {num_tokens:.2f} tokens a step, {readable(rate)} tok/s"
     )
     details = {"num_drafts": num_drafts, "step_ms": 1e3 * step_seconds, "assumed_tok_s": rate}
+    return replace(row, note=note, details=details)
+
+
+def with_parts(row: Row, seconds: RoundSeconds, plain_seconds: float) -> Row:
+    """The row with its device times of drafts and verification, in plain steps' own."""
+    verification = seconds.verification / plain_seconds
+    drafts = seconds.drafts / plain_seconds
+    note = f"{row.note}; on the device verification {verification:.2f} plain, drafts {drafts:.2f}"
+    details = {**row.details, "verification": verification, "drafts": drafts}
     return replace(row, note=note, details=details)
 
 

@@ -128,6 +128,11 @@ class FusedSteps:
         else:
             self.cache.commit(state_slots, num_accepted)
 
+    def captured_rounds(self) -> list[Any]:
+        """Rounds that were captured so far, for benchmarks; none on a CPU."""
+        prepared = self.trunk.prepared
+        return list(getattr(prepared, "graphs", {}).values())
+
     def settle(self) -> None:
         """Take accepted rows into the states now, for others to read."""
         self._kernels.settle(self.trunk, self.cache.commit)

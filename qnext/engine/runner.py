@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -326,6 +327,10 @@ class ModelRunner:
         else:
             kept = [parts[n] for n in going]
         self._keep([requests[n] for n in going], kept)
+
+    def captured_rounds(self) -> list[Any]:
+        """`CapturedRounds` of this engine, for benchmarks; none on a CPU."""
+        return [] if self._fused is None else self._fused.captured_rounds()
 
     def settle(self) -> None:
         """Take accepted rows into the cache's states now, which windows may put off."""

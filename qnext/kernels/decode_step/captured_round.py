@@ -227,7 +227,7 @@ class CapturedRounds:
         b, q = self.buffers, self.window
         tokens = b.last_ids[:, None]
         if self.draft is not None:
-            self._draft_tokens(self.draft)
+            self.draft_all(self.draft)
             tokens = torch.cat([tokens, self.draft_tokens], dim=1)
         rows = DeviceRows(tokens.flatten(), b.lens, b.contexts, b.slots, b.pending, b.pages)
         states = run_step(self.trunk, rows)
@@ -277,7 +277,7 @@ class CapturedRounds:
             logits, b.fields, window, has_filters=self.has_filters, workspace=self.workspace
         )
 
-    def _draft_tokens(self, draft: StepTensors) -> None:
+    def draft_all(self, draft: StepTensors) -> None:
         """All drafts of a round: the first from the rows decided last, the others from drafts."""
         b, n = self.buffers, self.num_seqs
         ids, states = b.draft_ids.flatten(), b.draft_states
