@@ -40,6 +40,7 @@ from qnext.kernels.linear import torch as linear_torch_module
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.linear_cross_entropy import torch as linear_cross_entropy_torch_module
 from qnext.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from qnext.kernels.merge_attention.reference import merge_attention_reference
 from qnext.kernels.paged_attention import torch as paged_torch_module
 from qnext.kernels.paged_attention.reference import paged_attention_reference
 from qnext.kernels.rms_norm.reference import rms_norm_reference
@@ -362,6 +363,9 @@ swiglu = Op(
     (_numba_kernel("swiglu", "fp32 rows on a CPU with bf16 weights"),),
 )
 attention = Op("attention", attention_reference, _torch_kernel(attention_torch_module, "attention"))
+merge_attention = Op(
+    "merge_attention", merge_attention_reference, (_triton_kernel("merge_attention", _GPU_ROWS),)
+)
 paged_attention = Op(
     "paged_attention",
     paged_attention_reference,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qnext.kernels.paged_attention.reference import CachedRows, paged_attention_reference
-from qnext.kernels.paged_attention.torch import paged_attention_torch
+from qnext.kernels.paged_attention.torch import _takes_two_passes, paged_attention_torch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,3 +36,23 @@ def test_parts_of_prompts_see_the_keys_up_to_their_own(contexts, lens, sizes, dt
     for fresh in (None, (k[own], v[own])):
         ours = paged_attention_torch(q, k, v, rows, scale, fresh=fresh)
         assert float((ours.double() - expected).norm() / expected.norm()) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("context, length", [(1024, 1500), (3001, 1024), (5000, 2047)])
+def test_a_long_part_of_one_prompt_goes_in_two_passes(context, length, dtype):
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 8192, 2, 256, device="cuda").to(dtype)
+    q = (3 * torch.randn(length, 16, 256, device="cuda")).to(dtype)
+    slots = torch.randperm(8192, device="cuda")[: context + length]
+    rows = CachedRows.of([slots], (length,))
+    assert _takes_two_passes(q, rows) == (torch.cuda.get_device_capability() >= (9, 0))
+    keys, values = (x[slots].double().repeat_interleave(8, dim=1).transpose(0, 1) for x in (k, v))
+    places = torch.arange(context + length, device="cuda")
+    mask = places <= places[context:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.double().transpose(0, 1), keys, values, attn_mask=mask, scale=1 / 16
+    ).transpose(0, 1)
+    ours = paged_attention_torch(q, k, v, rows, 1 / 16)
+    limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert float((ours.double() - expected).norm() / expected.norm()) < limit

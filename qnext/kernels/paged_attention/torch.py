@@ -5,6 +5,10 @@ import torch.nn.functional as F
 
 from qnext.kernels.paged_attention.reference import CachedRows
 
+# Queries of a part of a prompt, and keys before it, from which two passes of cuDNN's kernels are
+# faster than one of FlashAttention's.
+MANY_ROWS = 1024
+
 
 def supports(
     q: torch.Tensor,
@@ -104,6 +108,8 @@ def _packed(
         # The public function has a faster kernel for this case than FlashAttention.
         query, key, value = (x.transpose(0, 1)[None] for x in (q[:num_rows], k, v))
         heads = _block(query, key, value, 0, scale)
+    elif len(rows.key_lens) == 1 and _takes_two_passes(q, rows):
+        heads = _in_two_passes(q[:num_rows], k, v, rows.key_lens[0] - num_rows, scale)
     else:
         heads = _flash(q[:num_rows], k, v, rows, scale)
     extra = q.shape[0] - num_rows
@@ -128,3 +134,39 @@ def _flash(
         scale=scale,
     )[0]
     return out
+
+
+def _takes_two_passes(q: torch.Tensor, rows: CachedRows) -> bool:
+    num_rows = rows.query_lens[0]
+    return (
+        min(num_rows, rows.key_lens[0] - num_rows) >= MANY_ROWS
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and torch.backends.cudnn.is_available()
+        and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    )
+
+
+def _in_two_passes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, scale: float
+) -> torch.Tensor:
+    """Queries at the end of one sequence: all keys before them, then their own. [T, Hq, D]
+
+    cuDNN's kernels are the fastest for prompts, but their causal mask begins at the first key. The
+    keys before the queries need no mask.
+    """
+    from qnext.kernels import dispatch  # which imports this module
+
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    parts = []
+    for keys, is_causal in ((slice(0, first), False), (slice(first, None), True)):
+        out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *(query, key[:, :, keys], value[:, :, keys]),
+            None,
+            True,  # the denominators too
+            0.0,
+            is_causal,
+            scale=scale,
+        )
+        parts += [out[0].transpose(0, 1).contiguous(), sums.view(q.shape[1], q.shape[0])]
+    heads: torch.Tensor = dispatch.merge_attention(*parts)
+    return heads
