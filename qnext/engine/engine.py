@@ -283,7 +283,10 @@ class Engine:
         window, page_size = num_drafts + 1, self.options.page_size
         end_ids: set[int] = set()
         for request in requests:
-            if not request.is_plain or request.is_replaying:
+            params = request.params
+            if params.logprobs is not None or request.is_replaying:
+                return 0, ()
+            if params.has_penalties and not self.runner.takes_penalties:
                 return 0, ()
             rounds = min(rounds, (request.num_remaining - num_in_air) // window)
             end_ids |= request.ending_ids

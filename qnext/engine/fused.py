@@ -16,6 +16,7 @@ from qnext.kernels import dispatch
 from qnext.kernels.decode_step.reference import (
     DecodeStep,
     LaunchedRounds,
+    Penalties,
     Rounds,
     StepOutput,
     WindowRows,
@@ -27,6 +28,24 @@ from qnext.model.qwen3_next import Qwen3Next
 _STEPS = "qnext.kernels.decode_step"
 _KERNELS_CPU, _KERNELS_GPU = f"{_STEPS}.numba", f"{_STEPS}.triton_fwd"
 _ROUNDS_CPU, _ROUNDS_GPU = f"{_STEPS}.rounds", f"{_STEPS}.cuda_rounds"
+
+
+def penalties_of(requests: Sequence[Request]) -> list[Penalties | None]:
+    """Penalties of each sequence, empty if there are none."""
+    if not any(request.params.has_penalties for request in requests):
+        return []
+    return [
+        Penalties(
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            request.prompt_token_ids,
+            request.output_token_ids,
+        )
+        if (params := request.params).has_penalties
+        else None
+        for request in requests
+    ]
 
 
 class FusedSteps:
@@ -104,6 +123,7 @@ class FusedSteps:
             max_rounds=max_rounds,
             end_token_ids=end_token_ids,
             wants_hidden=wants_hidden,
+            penalties=penalties_of(requests),
         )
         self._is_deferring = True
         is_gpu = self.model.device.type == "cuda"
@@ -127,6 +147,13 @@ class FusedSteps:
             self._kernels.commit_window(self.trunk, state_slots, num_accepted)
         else:
             self.cache.commit(state_slots, num_accepted)
+
+    @property
+    def takes_penalties(self) -> bool:
+        """Whether the device's rounds know penalties."""
+        is_gpu = self.model.device.type == "cuda"
+        name = _ROUNDS_GPU if is_gpu else _ROUNDS_CPU
+        return name.endswith("cuda_rounds")
 
     def captured_rounds(self) -> list[Any]:
         """Rounds that were captured so far, for benchmarks; none on a CPU."""

@@ -328,6 +328,11 @@ class ModelRunner:
             kept = [parts[n] for n in going]
         self._keep([requests[n] for n in going], kept)
 
+    @property
+    def takes_penalties(self) -> bool:
+        """Whether rounds that a kernel takes by itself may have penalties."""
+        return self._fused is not None and self._fused.takes_penalties
+
     def captured_rounds(self) -> list[Any]:
         """`CapturedRounds` of this engine, for benchmarks; none on a CPU."""
         return [] if self._fused is None else self._fused.captured_rounds()

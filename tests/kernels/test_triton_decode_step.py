@@ -59,6 +59,25 @@ def test_sampled_text_is_that_of_the_layers(model, triton_steps):
     assert token_ids(llm.generate(prompts, params)) == expected
 
 
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_penalised_text_is_that_of_the_layers(model, triton_steps, num_drafts):
+    # The third sequence comes into the slot of the first or second.
+    prompts, length = id_prompts(5, 12, 9), NUM_TOKENS
+    params = [
+        greedy(length - 2, repetition_penalty=1.4),
+        greedy(length, repetition_penalty=1.1, presence_penalty=2, frequency_penalty=2),
+        greedy(length - 1, repetition_penalty=1.4),
+    ]
+    expected = expected_tokens(model, prompts, params, 0)
+    plain = expected_tokens(model, prompts, [greedy(length)] * 3, 0)
+    assert all(ours != text[: len(ours)] for ours, text in zip(expected, plain, strict=True))
+    llm = tiny_llm(model, num_speculative_tokens=num_drafts, max_num_seqs=2)
+    several_rounds(llm)
+    assert token_ids(llm.generate(prompts, params)) == expected
+    (captured, *_) = llm.engine.runner.captured_rounds()
+    assert captured.counts is not None
+
+
 def test_states_settle_to_those_of_the_layers(model, triton_steps):
     prompt, params = id_prompts(9), greedy(NUM_TOKENS)
     found = []

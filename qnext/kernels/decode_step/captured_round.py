@@ -15,13 +15,16 @@ from qnext.kernels.decode_step.sent_inputs import GrownPages, SentInputs
 from qnext.kernels.decode_step.triton_fwd import Prepared
 from qnext.kernels.decode_step.triton_layers import DeviceRows, StepTensors, logits_of, run_step
 from qnext.kernels.sample_rows.fields import (
+    PenaltyFields,
     SampledRows,
     SampleWorkspace,
     SamplingFields,
+    TokenCounts,
     Window,
 )
 from qnext.kernels.sample_rows.triton_accept import accept_drafts_triton
 from qnext.kernels.sample_rows.triton_fwd import sample_rows_triton
+from qnext.kernels.sample_rows.triton_penalties import apply_penalties_triton, count_tokens_triton
 from qnext.runtime.random_bits import Purpose
 
 STATE_BLOCK = 4096  # numbers of states that a warp copies at once, its loads all on their way
@@ -122,6 +125,7 @@ class CapturedRounds:
     Args:
         trunk, draft: weights of both; draft is None where D = 0.
         has_filters: whether top_k, top_p or min_p may be asked for.
+        counts: tokens seen by each slot, where penalties may be asked for.
         max_pages: of a sequence.
     """
 
@@ -133,11 +137,13 @@ class CapturedRounds:
         *,
         has_filters: bool,
         max_pages: int,
+        counts: TokenCounts | None = None,
     ) -> None:
         self.trunk, self.draft = trunk, draft
         self.num_seqs, self.num_drafts = sizes
         self.window = self.num_drafts + 1
         self.has_filters = has_filters
+        self.counts = counts
         step = trunk.step
         device, dtype = step.keys.device, step.keys.dtype
         n, q, size = self.num_seqs, self.window, step.config.hidden_size
@@ -155,6 +161,7 @@ class CapturedRounds:
             seed=sent.words[1],
             position=sent.ints[5],
         )
+        self.penalties = PenaltyFields(*sent.floats[3:])
         self.buffers = RoundBuffers(
             lens=sent.ints[0],
             is_real=sent.ints[6],
@@ -232,7 +239,15 @@ class CapturedRounds:
         rows = DeviceRows(tokens.flatten(), b.lens, b.contexts, b.slots, b.pending, b.pages)
         states = run_step(self.trunk, rows)
         logits = logits_of(self.trunk, states)
+        if self.counts is not None:
+            self._penalize(logits, q)
         decided, accepted = self._decide(logits)
+        if self.counts is not None:
+            # Tokens of padding, and those behind the last, are none.
+            seen = decided.view(-1, q)
+            if q == 1:
+                seen = torch.where(b.is_real[:, None] > 0, seen, -1)
+            count_tokens_triton(seen, self.counts, b.slots, is_prompt=False)
         advance_rounds_kernel[(self.num_seqs,)](
             decided,
             accepted,
@@ -277,6 +292,24 @@ class CapturedRounds:
             logits, b.fields, window, has_filters=self.has_filters, workspace=self.workspace
         )
 
+    def _penalize(self, logits: torch.Tensor, rows_per_seq: int, num_earlier: int = 0) -> None:
+        """Penalise tokens seen so far, earlier drafts of the window as if they were decided.
+
+        Args:
+            rows_per_seq: Q for windows, whose row j follows j drafts.
+            num_earlier: drafts before the first row.
+        """
+        assert self.counts is not None, "penalties without counts"
+        apply_penalties_triton(
+            logits,
+            self.penalties,
+            self.counts,
+            self.buffers.slots,
+            window_tokens=None if self.draft is None else self.draft_tokens,
+            rows_per_seq=rows_per_seq,
+            window_offset=num_earlier,
+        )
+
     def draft_all(self, draft: StepTensors) -> None:
         """All drafts of a round: the first from the rows decided last, the others from drafts."""
         b, n = self.buffers, self.num_seqs
@@ -291,6 +324,8 @@ class CapturedRounds:
             else:
                 contexts = contexts + 1
             logits = logits_of(draft, states)
+            if self.counts is not None:
+                self._penalize(logits, 1, depth)
             self.draft_logits[:, depth].copy_(logits)
             out = SampledRows(
                 torch.empty(n, dtype=torch.int64, device=logits.device),

@@ -28,6 +28,8 @@ from qnext.kernels.decode_step.triton_fwd import (
     land,
     prepare,
 )
+from qnext.kernels.sample_rows.fields import TokenCounts
+from qnext.kernels.sample_rows.triton_penalties import clear_counts_triton, count_tokens_triton
 
 # Numbers of sequences that graphs are captured for; others are filled up with padding, and those
 # above the last to a multiple of it.
@@ -142,6 +144,8 @@ class GraphRounds(LaunchedRounds):
             assert state.num_tokens is not None, f"slot {slot} was not entered"
             state.num_tokens += sum(own)
             state.num_pending = own[-1] - 1
+            if state.num_counted is not None:
+                state.num_counted += sum(own)
         hidden = self._hidden
         if hidden is not None:
             hidden = hidden[:num_seqs] if self.rounds.num_drafts else hidden[:, :num_seqs]
@@ -166,6 +170,8 @@ def launch_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -
     setup_seconds = time.perf_counter() - began
     pending = [prepared.slots[slot].num_pending for slot in rounds.rows.state_slots]
     captured.sent.send(rounds, captured.window, pending)
+    if rounds.penalties:
+        _count_seen(prepared, rounds)
     if rounds.draft_rows is not None:
         _send_draft_rows(captured, rounds)
     return GraphRounds(trunk, captured, rounds, setup_seconds=setup_seconds)
@@ -189,8 +195,13 @@ def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> Ca
         cuts is not None and (cuts.top_k > 0 or cuts.top_p < 1 or cuts.min_p > 0)
         for cuts in rounds.cuts
     )
-    key = (num_seqs, rounds.num_drafts, has_filters)
+    has_penalties = any(penalty is not None for penalty in rounds.penalties)
+    key = (num_seqs, rounds.num_drafts, has_filters, has_penalties)
     if key not in prepared.graphs:
+        if has_penalties and prepared.counts is None:
+            vocab_size = trunk.parameters[trunk.head].shape[0]
+            num_slots = trunk.states[0].shape[1]
+            prepared.counts = TokenCounts.allocate(num_slots, vocab_size, trunk.keys.device)
         draft_tensors = None
         if rounds.num_drafts:
             assert draft is not None, "drafts without a draft layer"
@@ -202,6 +213,7 @@ def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> Ca
             key[:2],
             has_filters=has_filters,
             max_pages=-(-positions // trunk.page_size),
+            counts=prepared.counts if has_penalties else None,
         )
         captured.capture(prepared)
         prepared.graphs[key] = captured
@@ -209,6 +221,22 @@ def _captured(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> Ca
             del prepared.graphs[next(iter(prepared.graphs))]  # the one that was captured first
     found: CapturedRounds = prepared.graphs[key]
     return found
+
+
+def _count_seen(prepared: Prepared, rounds: Rounds) -> None:
+    """Count what sequences with penalties have seen, where that is not known already."""
+    counts = prepared.counts
+    assert counts is not None, "penalties without counts"
+    for slot, penalty in zip(rounds.rows.state_slots, rounds.penalties, strict=True):
+        if penalty is None or prepared.slots[slot].num_counted == len(penalty.output_ids):
+            continue
+        device = counts.num_ids.device
+        slots = torch.tensor([slot], dtype=torch.int32, device=device)
+        clear_counts_triton(counts, slots)
+        for ids, is_prompt in ((penalty.prompt_ids, True), (penalty.output_ids, False)):
+            tokens = torch.tensor([list(ids)], dtype=torch.int64).to(device)
+            count_tokens_triton(tokens, counts, slots, is_prompt=is_prompt)
+        prepared.slots[slot].num_counted = len(penalty.output_ids)
 
 
 def _send_draft_rows(captured: CapturedRounds, rounds: Rounds) -> None:

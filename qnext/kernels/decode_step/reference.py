@@ -55,6 +55,25 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
+class Penalties:
+    """What a sequence's tokens lose for having been seen, and what was seen.
+
+    Args:
+        repetition: divides positive logits of tokens in prompt or answer, multiplies negative
+            ones; 1: off.
+        presence: taken off the logit of each token in the answer; 0: off.
+        frequency: the same, times how often it is there; 0: off.
+        prompt_ids, output_ids: tokens of the prompt and of the answer so far.
+    """
+
+    repetition: float
+    presence: float
+    frequency: float
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
 class Rounds:
     """What is to be decided by whom.
 
@@ -67,6 +86,8 @@ class Rounds:
         max_rounds: rounds to take at most; there are pages for all of them.
         end_token_ids: no round is taken after one that decided one of these.
         wants_hidden: whether the states that decided the tokens are asked for.
+        penalties: of each sequence, None for those without; empty if there are none at all. Only
+            the GPU's rounds take them.
     """
 
     rows: WindowRows
@@ -77,6 +98,7 @@ class Rounds:
     max_rounds: int
     end_token_ids: Sequence[int]
     wants_hidden: bool = True
+    penalties: Sequence[Penalties | None] = ()
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ class SentInputs:
         words: last tokens and seeds. [2, N], int64
         ints: rows of a window (0 is padding), contexts, slots, pending rows, top_k, positions of
             the next tokens, whether a sequence is there. [7, N], int32
-        floats: temperature, top_p, min_p. [3, N], fp32
+        floats: temperature, top_p, min_p; penalties of repetition, presence and frequency. [6, N],
+            fp32
         pages: [N, P], int32
     """
 
     def __init__(self, num_seqs: int, max_pages: int, device: torch.device) -> None:
-        sizes = (16 * num_seqs, 28 * num_seqs, 12 * num_seqs, 4 * num_seqs * max_pages)
+        sizes = (16 * num_seqs, 28 * num_seqs, 24 * num_seqs, 4 * num_seqs * max_pages)
         # On the host pinned, so that the copy needs no other.
         self.host = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
@@ -37,7 +38,7 @@ class SentInputs:
         return (
             words.view(torch.int64).view(2, num_seqs),
             ints.view(torch.int32).view(7, num_seqs),
-            floats.view(torch.float32).view(3, num_seqs),
+            floats.view(torch.float32).view(6, num_seqs),
             pages.view(torch.int32).view(num_seqs, -1),
         )
 
@@ -52,11 +53,16 @@ class SentInputs:
         self.host_ints[1, :n], self.host_ints[5, :n] = contexts, contexts + 1
         self.host_ints[2, :n], self.host_ints[3, :n] = rows.state_slots, num_pending
         self.host_ints[4, :n] = [0 if cuts is None else cuts.top_k for cuts in rounds.cuts]
-        self.host_floats[:, :n] = [
+        self.host_floats[:3, :n] = [
             [0.0 if cuts is None else cuts.temperature for cuts in rounds.cuts],
             [1.0 if cuts is None else cuts.top_p for cuts in rounds.cuts],
             [0.0 if cuts is None else cuts.min_p for cuts in rounds.cuts],
         ]
+        self.host_floats[3], self.host_floats[4:] = 1.0, 0.0
+        for i, penalty in enumerate(rounds.penalties):
+            if penalty is not None:
+                own = (penalty.repetition, penalty.presence, penalty.frequency)
+                self.host_floats[3:, i] = own
         self.host_words[0, :n] = rows.token_ids
         # Seeds are 64 bits without a sign, torch's integers have one.
         self.host_words[1, :n] = np.array(rounds.seeds, dtype=np.uint64).view(np.int64)

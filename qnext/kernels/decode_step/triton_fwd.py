@@ -24,6 +24,7 @@ from qnext.kernels.fp8_blocks import BLOCK
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.gated_delta_step.inputs import StepMemory, StepRows
 from qnext.kernels.gated_delta_step.triton_fwd import gated_delta_step_fwd
+from qnext.kernels.sample_rows.fields import TokenCounts
 
 MAX_WINDOW = 8  # rows of a sequence that the DeltaNet step takes
 MAX_TAPS = 4  # of the convolution
@@ -42,10 +43,13 @@ class SlotState:
         num_tokens: of the sequence, pending ones included; None until the ring has been filled
             from the convolution state that a prefill left.
         num_pending: accepted rows that the states lack.
+        num_counted: tokens of the answer that the penalties' counts hold, beside the prompt; None
+            where they hold another sequence's.
     """
 
     num_tokens: int | None = None
     num_pending: int = 0
+    num_counted: int | None = None
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Prepared:
     graph_pool: Any = None  # of memory, shared by all graphs
     launched: Any = None  # the newest rounds of `cuda_rounds`, from whose end others may go on
     addresses: list[int] = field(default_factory=list)  # of the parameters that they read
+    counts: TokenCounts | None = None  # of all slots, once a sequence has penalties
 
 
 def supports(step: DecodeStep, rows: WindowRows) -> str | None:
