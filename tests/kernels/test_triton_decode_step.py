@@ -62,7 +62,7 @@ def test_sampled_text_is_that_of_the_layers(model, triton_steps):
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_penalised_text_is_that_of_the_layers(model, triton_steps, num_drafts):
     # The third sequence comes into the slot of the first or second.
-    prompts, length = id_prompts(5, 12, 9), NUM_TOKENS
+    prompts, length = id_prompts(5, 12, 5), NUM_TOKENS
     params = [
         greedy(length - 2, repetition_penalty=1.4),
         greedy(length, repetition_penalty=1.1, presence_penalty=2, frequency_penalty=2),
