@@ -118,7 +118,7 @@ def attention_inputs_fwd(
 
 def _views_of(fused: torch.Tensor, sizes: AttentionSizes) -> tuple[torch.Tensor, torch.Tensor]:
     _, gate, _, v = fused.split(sizes.columns, dim=-1)
-    return v.unflatten(-1, (sizes.num_kv_heads, sizes.head_dim)), gate
+    return v.view(fused.shape[0], sizes.num_kv_heads, sizes.head_dim), gate
 
 
 def _shapes(
@@ -178,7 +178,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _formula(ctx: Any, *d_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    gradients = attention_inputs_graph_bwd(*d_outputs, *ctx.saved_tensors, ctx.eps, ctx.sizes)
+    given: tuple[Any, ...] = (*d_outputs, *ctx.saved_tensors, ctx.eps, ctx.sizes)
+    gradients = attention_inputs_graph_bwd(*given)
     return *gradients, None, None, None, None
 
 

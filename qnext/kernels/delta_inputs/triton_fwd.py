@@ -147,7 +147,7 @@ def delta_inputs_fwd(
 
 def _z_of(fused: torch.Tensor, sizes: DeltaSizes) -> torch.Tensor:
     z = fused[:, sizes.conv_dim : sizes.conv_dim + sizes.value_dim]
-    return z.unflatten(-1, (sizes.num_value_heads, sizes.value_head_dim))
+    return z.view(fused.shape[0], sizes.num_value_heads, sizes.value_head_dim)
 
 
 def _shapes(
@@ -213,7 +213,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _formula(ctx: Any, *d_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    gradients = delta_inputs_graph_bwd(*d_outputs, *ctx.saved_tensors, ctx.sizes)
+    given: tuple[Any, ...] = (*d_outputs, *ctx.saved_tensors, ctx.sizes)
+    gradients = delta_inputs_graph_bwd(*given)
     return *gradients, None, None, None
 
 

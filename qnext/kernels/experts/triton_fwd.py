@@ -26,6 +26,8 @@ def supports(
 ) -> str | None:
     """Say why this backend cannot run, or None."""
     if gate_up.dtype == EIGHT_BITS:
+        if torch.compiler.is_compiling():
+            return "e4m3 weights inside a compiled graph"
         return held_supports(x, gate_up, down, top_weights, top_ids)
     if x.device.type != "cuda" and not IS_INTERPRETED:
         return f"rows are on {x.device}, and Triton runs on a GPU"

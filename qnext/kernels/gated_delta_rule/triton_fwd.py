@@ -237,10 +237,10 @@ def _formula(
 ) -> tuple[torch.Tensor | None, ...]:
     tensors, results = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     initial_state = tensors[6]
-    grads = gated_delta_rule_graph_bwd(
-        *(dout, None if initial_state is None else dfinal, *tensors),
-        *(list(results[:5]), list(results[5:]) if ctx.keeps_states else []),
-    )
+    d_outputs = (dout, None if initial_state is None else dfinal)
+    prepared, kept = list(results[:5]), list(results[5:]) if ctx.keeps_states else []
+    given: tuple[Any, ...] = (*d_outputs, *tensors, prepared, kept)
+    grads = gated_delta_rule_graph_bwd(*given)
     return *grads[:5], None, None if initial_state is None else grads[5], None
 
 
