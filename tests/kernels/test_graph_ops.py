@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from qnext.kernels import dispatch
 from qnext.kernels.attention_inputs.reference import AttentionSizes
 from qnext.kernels.delta_inputs.reference import DeltaSizes
+from qnext.kernels.grad_sums import adding_to_grads
 from qnext.kernels.graph_ops import graph_op
 from qnext.model.batch import ForwardBatch
 from tests.kernels.triton_env import DEVICE, error
@@ -271,6 +272,25 @@ def test_a_layer_is_one_graph_for_any_length(layer_idx, mixer):
         with one_graph():
             inputs = layer_inputs(layer, 33)
             compare(plain_run, run, inputs, [inputs[0], *layer.parameters()])
+
+
+@pytest.mark.parametrize("case", ["experts", "linear_cross_entropy"])
+def test_gradients_of_a_graph_add_up_where_eager_kernels_add_them(case):
+    run, draw = CASES[case]
+    inputs = draw(6)
+    leaves = [x for x in inputs if x.requires_grad]
+    sums = []
+    with dispatch.use_backend("triton"):
+        for call in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+            for x in leaves:
+                x.grad = torch.ones_like(x)  # there before the graph is traced
+            for _ in range(2):
+                out = call(*inputs)
+                with adding_to_grads():
+                    (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+            sums.append([x.grad for x in leaves])
+    for got, want in zip(*sums, strict=True):
+        assert error(got, want) < 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's rows go to Triton unless told otherwise")
