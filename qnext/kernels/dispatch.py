@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -150,7 +150,8 @@ class Op:
         return first.device.type if isinstance(first, torch.Tensor) else ""
 
     def _warn(self, backend: str, reason: str) -> None:
-        if (self.name, reason) in _warned or torch.compiler.is_compiling():
+        # Not read while tracing: a graph would be guarded by what has been said so far.
+        if torch.compiler.is_compiling() or (self.name, reason) in _warned:
             return
         _warned.add((self.name, reason))
         _logger.info("%s: not on %s: %s", self.name, backend, reason)
@@ -165,18 +166,44 @@ class _Parts:
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
+        self._supports: Callable[..., str | None] | None = None
+        self._function: Callable[..., Any] | None = None
+        _parts[module] = self
 
-    @cached_property
+    def load(self) -> None:
+        """Import the module."""
+        module = import_module(self._module)
+        self._supports, self._function = module.supports, getattr(module, self._name)
+
+    @property
     def supports(self) -> Callable[..., str | None]:
         """The module's `supports`."""
-        found: Callable[..., str | None] = import_module(self._module).supports
-        return found
+        self._ensure_loaded()
+        assert self._supports is not None, f"{self._module} is loaded, without a function"
+        return self._supports
 
-    @cached_property
+    @property
     def function(self) -> Callable[..., Any]:
         """The op's function."""
-        found: Callable[..., Any] = getattr(import_module(self._module), self._name)
-        return found
+        self._ensure_loaded()
+        assert self._function is not None, f"{self._module} is loaded, without a function"
+        return self._function
+
+    def _ensure_loaded(self) -> None:
+        # Whether it was loaded is nothing that a graph may be guarded by.
+        if torch.compiler.is_compiling():
+            _load_while_tracing(self._module)
+        elif self._function is None:
+            self.load()
+
+
+_parts: dict[str, _Parts] = {}  # by module
+
+
+@torch.compiler.assume_constant_result
+def _load_while_tracing(module: str) -> None:
+    """Runs while a graph is traced and leaves nothing in it."""
+    _parts[module].load()
 
 
 def _numba_kernel(
@@ -206,7 +233,10 @@ def _device_of_rows(x: torch.Tensor, *rest: Any, **named: Any) -> torch.device:
 
 
 def _triton_kernel(
-    name: str, serves: str, device_of: Callable[..., torch.device] = _device_of_rows
+    name: str,
+    serves: str,
+    device_of: Callable[..., torch.device] = _device_of_rows,
+    in_graphs: bool = False,
 ) -> Kernel:
     """A kernel whose module, and Triton with it, is loaded when a GPU first needs it.
 
@@ -214,11 +244,12 @@ def _triton_kernel(
 
     Args:
         device_of: where the inputs of a call are.
+        in_graphs: it is registered for graphs of torch.compile, see `graph_ops`.
     """
     parts = _Parts(f"qnext.kernels.{name}.triton_fwd", f"{name}_triton")
 
     def supports(*args: Any, **kwargs: Any) -> str | None:
-        if torch.compiler.is_compiling():
+        if not in_graphs and torch.compiler.is_compiling():
             return "inside a compiled graph"
         device = device_of(*args, **kwargs)
         if device.type != "cuda" and "triton" not in (_named.get(name), _named.get("*")):
@@ -248,6 +279,7 @@ def _fp8_linear() -> Kernel:
 _is_installed = cache(find_spec)
 
 
+@torch.compiler.assume_constant_result
 def _triton_objection(device_type: str = "cpu") -> str | None:
     if not _is_installed("triton"):
         return "triton is not installed"
@@ -271,28 +303,39 @@ adamw = Op("adamw", adamw_reference, (_triton_kernel("adamw", _GPU_ROWS),))
 rms_norm = Op(
     "rms_norm",
     rms_norm_reference,
-    (_numba_kernel("rms_norm", _CPU_ROWS), _triton_kernel("rms_norm", _GPU_ROWS)),
+    (_numba_kernel("rms_norm", _CPU_ROWS), _triton_kernel("rms_norm", _GPU_ROWS, in_graphs=True)),
 )
 gated_rms_norm = Op(
     "gated_rms_norm",
     gated_rms_norm_reference,
-    (_numba_kernel("gated_rms_norm", _CPU_ROWS), _triton_kernel("gated_rms_norm", _GPU_ROWS)),
+    (
+        _numba_kernel("gated_rms_norm", _CPU_ROWS),
+        _triton_kernel("gated_rms_norm", _GPU_ROWS, in_graphs=True),
+    ),
 )
 add_rms_norm = Op(
-    "add_rms_norm", add_rms_norm_reference, (_triton_kernel("add_rms_norm", _GPU_ROWS),)
+    "add_rms_norm",
+    add_rms_norm_reference,
+    (_triton_kernel("add_rms_norm", _GPU_ROWS, in_graphs=True),),
 )
 delta_inputs = Op(
-    "delta_inputs", delta_inputs_reference, (_triton_kernel("delta_inputs", _GPU_ROWS),)
+    "delta_inputs",
+    delta_inputs_reference,
+    (_triton_kernel("delta_inputs", _GPU_ROWS, in_graphs=True),),
 )
 attention_inputs = Op(
     "attention_inputs",
     attention_inputs_reference,
-    (_triton_kernel("attention_inputs", _GPU_ROWS),),
+    (_triton_kernel("attention_inputs", _GPU_ROWS, in_graphs=True),),
 )
 sigmoid_gate = Op(
-    "sigmoid_gate", sigmoid_gate_reference, (_triton_kernel("sigmoid_gate", _GPU_ROWS),)
+    "sigmoid_gate",
+    sigmoid_gate_reference,
+    (_triton_kernel("sigmoid_gate", _GPU_ROWS, in_graphs=True),),
 )
-silu_mul = Op("silu_mul", silu_mul_reference, (_triton_kernel("silu_mul", _GPU_ROWS),))
+silu_mul = Op(
+    "silu_mul", silu_mul_reference, (_triton_kernel("silu_mul", _GPU_ROWS, in_graphs=True),)
+)
 l2_norm = Op("l2_norm", l2_norm_reference, (_numba_kernel("l2_norm", _CPU_ROWS),))
 rotary = Op("rotary", rotary_reference)
 linear = Op(
@@ -328,7 +371,7 @@ linear_cross_entropy = Op(
     "linear_cross_entropy",
     linear_cross_entropy_reference,
     (
-        _triton_kernel("linear_cross_entropy", _GPU_ROWS),
+        _triton_kernel("linear_cross_entropy", _GPU_ROWS, in_graphs=True),
         *_torch_kernel(linear_cross_entropy_torch_module, "linear_cross_entropy"),
     ),
 )
@@ -339,13 +382,17 @@ causal_conv1d_window = Op("causal_conv1d_window", causal_conv1d_window_reference
 router = Op(
     "router",
     router_reference,
-    (_numba_kernel("router", _CPU_ROWS), _triton_kernel("router", _GPU_ROWS)),
+    (_numba_kernel("router", _CPU_ROWS), _triton_kernel("router", _GPU_ROWS, in_graphs=True)),
 )
 router_stats = Op(
-    "router_stats", router_stats_reference, (_triton_kernel("router_stats", _GPU_ROWS),)
+    "router_stats",
+    router_stats_reference,
+    (_triton_kernel("router_stats", _GPU_ROWS, in_graphs=True),),
 )
 experts_shared = Op(
-    "experts_shared", experts_shared_reference, (_triton_kernel("experts_shared", _GPU_ROWS),)
+    "experts_shared",
+    experts_shared_reference,
+    (_triton_kernel("experts_shared", _GPU_ROWS, in_graphs=True),),
 )
 gated_delta_window = Op("gated_delta_window", gated_delta_window_reference)
 experts = Op(
@@ -353,7 +400,7 @@ experts = Op(
     experts_reference,
     (
         _numba_kernel("experts", "fp32 rows on a CPU with bf16 weights"),
-        _triton_kernel("experts", _GPU_ROWS),
+        _triton_kernel("experts", _GPU_ROWS, in_graphs=True),
         *_torch_kernel(experts_torch_module, "experts", "whole 16-byte rows, bf16 on a GPU"),
     ),
 )
@@ -379,7 +426,7 @@ gated_delta_rule = Op(
     gated_delta_rule_reference,
     (
         _numba_kernel("gated_delta_rule", _CPU_ROWS),
-        _triton_kernel("gated_delta_rule", _GPU_ROWS),
+        _triton_kernel("gated_delta_rule", _GPU_ROWS, in_graphs=True),
         *_torch_kernel(delta_torch_module, "gated_delta_rule"),
     ),
 )

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from qnext.kernels.add_rms_norm.triton_bwd import add_rms_norm_bwd
 from qnext.kernels.gpu_rows import row_tile, rows_objection
+from qnext.kernels.graph_ops import graph_op
 
 MAX_COLUMNS = 16384
 
@@ -25,6 +26,8 @@ def add_rms_norm_triton(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `add_rms_norm_reference`."""
+    if torch.compiler.is_compiling():
+        return add_rms_norm_fwd(x, residual, weight, eps)  # the op has a gradient of its own
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or weight.requires_grad
     ):
@@ -40,11 +43,16 @@ class AddRMSNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, summed = add_rms_norm_fwd(x, residual, weight, eps)
-        ctx.save_for_backward(summed, weight)
-        ctx.eps, ctx.dtype = eps, x.dtype
+        output = add_rms_norm_fwd(x, residual, weight, eps)
+        AddRMSNormFunction.keep(ctx, (x, residual, weight, eps), output)
+        return output
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, _, weight, ctx.eps = inputs
+        ctx.save_for_backward(output[1], weight)
+        ctx.dtype = x.dtype
         ctx.set_materialize_grads(False)
-        return normed, summed
 
     @staticmethod
     def backward(
@@ -59,6 +67,7 @@ class AddRMSNormFunction(torch.autograd.Function):
         return dx, d_stream, d_weight, None
 
 
+@graph_op("add_rms_norm", "x", "residual")
 def add_rms_norm_fwd(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,6 +94,11 @@ def add_rms_norm_fwd(
         num_warps=warps,
     )
     return normed, summed
+
+
+torch.library.register_autograd(
+    "qnext::add_rms_norm", AddRMSNormFunction.backward, setup_context=AddRMSNormFunction.keep
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])

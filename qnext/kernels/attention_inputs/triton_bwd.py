@@ -32,7 +32,7 @@ def pair_blocks(sizes: AttentionSizes, pairs: int) -> dict[str, int]:
 
 
 def attention_inputs_bwd(
-    d_outputs: tuple[torch.Tensor, ...],
+    d_outputs: tuple[torch.Tensor | None, ...],
     inputs: tuple[torch.Tensor, ...],
     eps: float,
     sizes: AttentionSizes,
@@ -40,7 +40,8 @@ def attention_inputs_bwd(
     """Launch the backward kernel and the sums of the weights' gradients over programs.
 
     Args:
-        d_outputs: gradients of q, k, v, gate.
+        d_outputs: gradients of q, k, v, gate; None for the two last, which are views of fused,
+            where they are added elsewhere.
         inputs: fused, q_weight, k_weight, cos, sin of the forward.
         eps: as in the forward.
         sizes: heads of a row.
@@ -49,7 +50,7 @@ def attention_inputs_bwd(
         Gradients of fused, q_weight and k_weight, in their dtypes.
     """
     fused, q_weight, k_weight, cos, sin = inputs
-    dq, dk, dv, d_gate = (part.contiguous() for part in d_outputs)
+    dq, dk, dv, d_gate = (x if x is None else x.contiguous() for x in d_outputs)
     num_tokens, head_dim = fused.shape[0], sizes.head_dim
     d_fused = torch.empty(fused.shape, dtype=fused.dtype, device=fused.device)
     num_programs = min(_PROGRAMS_PER_PROCESSOR * num_processors(fused.device), num_tokens)
@@ -57,8 +58,8 @@ def attention_inputs_bwd(
     attention_inputs_bwd_kernel[(num_programs,)](
         dq,
         dk,
-        dv,
-        d_gate,
+        fused if dv is None else dv,
+        fused if d_gate is None else d_gate,
         fused,
         q_weight,
         k_weight,
@@ -69,6 +70,7 @@ def attention_inputs_bwd(
         num_tokens,
         fused.stride(0),
         eps,
+        HAS_VIEWS=dv is not None and d_gate is not None,
         **pair_blocks(sizes, cos.shape[1]),
     )
     sums = column_sums(partials, torch.float32)
@@ -161,6 +163,7 @@ def attention_inputs_bwd_kernel(
     num_tokens: tl.tensor,
     stride_x: tl.tensor,
     eps: tl.tensor,
+    HAS_VIEWS: tl.constexpr,
     H: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -194,8 +197,12 @@ def attention_inputs_bwd_kernel(
         dq = _load_pairs(p_dq + i_t * Q, H, D, R, BH, BG, BP)
         k = _load_pairs(p_row + 2 * Q, HKV, D, R, BHKV, BG, BP)
         dk = _load_pairs(p_dk + i_t * KV, HKV, D, R, BHKV, BG, BP)
-        b_dgate = tl.load(p_dgate + i_t * Q + o_q, o_q < Q)
-        b_dv = tl.load(p_dv + i_t * KV + o_kv, o_kv < KV)
+        if HAS_VIEWS:
+            b_dgate = tl.load(p_dgate + i_t * Q + o_q, o_q < Q)
+            b_dv = tl.load(p_dv + i_t * KV + o_kv, o_kv < KV)
+        else:
+            b_dgate = tl.zeros([BQ], p_dx.dtype.element_ty)
+            b_dv = tl.zeros([BKV], p_dx.dtype.element_ty)
         angles = i_t * (R // 2) + o_j
         b_cos = tl.load(p_cos + angles, o_j < R // 2, 1.0).to(tl.float32)
         b_sin = tl.load(p_sin + angles, o_j < R // 2, 0.0).to(tl.float32)

@@ -9,6 +9,7 @@ import triton.language as tl
 from qnext.kernels.attention_inputs.reference import AttentionSizes
 from qnext.kernels.attention_inputs.triton_bwd import attention_inputs_bwd, pair_blocks
 from qnext.kernels.gpu_rows import rows_objection
+from qnext.kernels.graph_ops import graph_op
 
 MAX_QUERY_BLOCK = 16384
 
@@ -50,6 +51,10 @@ def attention_inputs_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `attention_inputs_reference`; cos and sin get no gradient."""
     inputs = (fused, q_weight, k_weight, cos, sin)
+    if torch.compiler.is_compiling():
+        heads = [sizes.num_heads, sizes.num_kv_heads, sizes.head_dim]
+        q, k = attention_inputs_graph(*inputs, eps, heads)
+        return q, k, *_views_of(fused, sizes)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         q, k, v, gate = AttentionInputsFunction.apply(*inputs, eps, sizes)
         return q, k, v, gate
@@ -108,8 +113,77 @@ def attention_inputs_fwd(
         eps,
         **pair_blocks(sizes, cos.shape[1]),
     )
+    return q, k, *_views_of(fused, sizes)
+
+
+def _views_of(fused: torch.Tensor, sizes: AttentionSizes) -> tuple[torch.Tensor, torch.Tensor]:
     _, gate, _, v = fused.split(sizes.columns, dim=-1)
-    return q, k, v.view(kv_shape), gate
+    return v.view(fused.shape[0], sizes.num_kv_heads, sizes.head_dim), gate
+
+
+def _shapes(
+    fused: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, (heads, kv_heads, head_dim) = fused.shape[0], sizes
+    return (
+        fused.new_empty(num_tokens, heads, head_dim),
+        fused.new_empty(num_tokens, kv_heads, head_dim),
+    )
+
+
+@graph_op("attention_inputs", shapes=_shapes)
+def attention_inputs_graph(
+    fused: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The forward kernel for graphs; v and gate, views, are left to them. sizes: Hq, Hkv, D"""
+    inputs = (fused, q_weight, k_weight, cos, sin)
+    q, k, _, _ = attention_inputs_fwd(*inputs, eps=eps, sizes=AttentionSizes(*sizes))
+    return q, k
+
+
+@graph_op("attention_inputs_backward", "fused", "q_weight", "k_weight")
+def attention_inputs_graph_bwd(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    fused: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the first three inputs; those of the columns of v and gate are 0."""
+    inputs = (fused, q_weight, k_weight, cos, sin)
+    d_outputs = (dq, dk, None, None)
+    d_fused, d_q, d_k = attention_inputs_bwd(d_outputs, inputs, eps, AttentionSizes(*sizes))
+    return d_fused, d_q.clone(), d_k.clone()  # they share memory, which graphs forbid
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.eps, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _formula(ctx: Any, *d_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    given: tuple[Any, ...] = (*d_outputs, *ctx.saved_tensors, ctx.eps, ctx.sizes)
+    gradients = attention_inputs_graph_bwd(*given)
+    return *gradients, None, None, None, None
+
+
+torch.library.register_autograd("qnext::attention_inputs", _formula, setup_context=_keep)
 
 
 @triton.jit

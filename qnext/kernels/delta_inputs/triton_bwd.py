@@ -38,7 +38,7 @@ def chunk_tokens(num_tokens: int, chunks: int, bounds: tuple[int, int]) -> int:
 
 
 def delta_inputs_bwd(
-    d_outputs: tuple[torch.Tensor, ...],
+    d_outputs: tuple[torch.Tensor | None, ...],
     inputs: tuple[torch.Tensor, ...],
     sizes: DeltaSizes,
     history: torch.Tensor | None,
@@ -46,7 +46,7 @@ def delta_inputs_bwd(
     """Launch the backward kernel and the sums of the parameters' gradients over chunks.
 
     Args:
-        d_outputs: gradients of q, k, v, g, beta, z.
+        d_outputs: gradients of q, k, v, g, beta, z; None for z where it is added elsewhere.
         inputs: fused, conv_weight, A_log, dt_bias, local_positions of the forward.
         sizes: heads of a row.
         history: as in the forward.
@@ -55,7 +55,7 @@ def delta_inputs_bwd(
         Gradients of fused, conv_weight, A_log and dt_bias, in their dtypes.
     """
     fused, conv_weight, A_log, dt_bias, local_positions = inputs
-    dq, dk, dv, dg, dbeta, dz = (part.contiguous() for part in d_outputs)
+    dq, dk, dv, dg, dbeta, dz = (x if x is None else x.contiguous() for x in d_outputs)
     num_tokens, heads = fused.shape[0], sizes.num_value_heads
     conv_dim, width = conv_weight.shape
     d_fused = torch.empty(fused.shape, dtype=fused.dtype, device=fused.device)
@@ -72,7 +72,7 @@ def delta_inputs_bwd(
         dv,
         dg,
         dbeta,
-        dz,
+        fused if dz is None else dz,
         fused,
         conv_weight,
         A_log,
@@ -88,6 +88,7 @@ def delta_inputs_bwd(
         0 if history is None else history.stride(1),
         chunk,
         L2_EPS,
+        HAS_DZ=dz is not None,
         HAS_HISTORY=history is not None,
         W=width,
         HV=heads,
@@ -171,14 +172,19 @@ def _copy(
     SIZE: tl.constexpr,
     ROW: tl.constexpr,
     BC: tl.constexpr,
+    HAS_FROM: tl.constexpr,
 ) -> None:
-    """Rows of SIZE columns into rows of ROW columns, BC of them."""
+    """Rows of SIZE columns, or zeros, into rows of ROW columns, BC of them."""
     BT: tl.constexpr = 4
     o_c = first_column + tl.arange(0, BC)[None, :]
     for t in range(start, end, BT):
         o_t = tl.cast(t, tl.int64) + tl.arange(0, BT)[:, None]
         mask = (o_t < end) & (o_c < SIZE)
-        tl.store(p_to + o_t * ROW + o_c, tl.load(p_from + o_t * SIZE + o_c, mask), mask)
+        if HAS_FROM:
+            b_x = tl.load(p_from + o_t * SIZE + o_c, mask)
+        else:
+            b_x = tl.zeros([BT, BC], p_to.dtype.element_ty)
+        tl.store(p_to + o_t * ROW + o_c, b_x, mask)
 
 
 @triton.jit
@@ -268,6 +274,7 @@ def delta_inputs_bwd_kernel(
     stride_hw: tl.tensor,
     chunk: tl.tensor,
     eps: tl.tensor,
+    HAS_DZ: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     W: tl.constexpr,
     HV: tl.constexpr,
@@ -313,7 +320,7 @@ def delta_inputs_bwd_kernel(
         )
     elif i_b >= NUM_CHANNEL_BLOCKS:
         column = (i_b - NUM_CHANNEL_BLOCKS) * BH * BK
-        _copy(p_dz, p_dx + D, start, end, column, VALUE_DIM, ROW, BH * BK)
+        _copy(p_dz, p_dx + D, start, end, column, VALUE_DIM, ROW, BH * BK, HAS_DZ)
     else:
         part = tl.minimum(i_b // NUM_KEY_BLOCKS, 2)  # of q, k, v
         is_normed = part < 2

@@ -19,6 +19,7 @@ from qnext.kernels.delta_inputs.triton_bwd import (
     rows_before,
 )
 from qnext.kernels.gpu_rows import log1p_exp, power_of_two, rows_objection, sigmoid
+from qnext.kernels.graph_ops import graph_op
 
 MAX_WIDTH = 8
 MAX_KEY_HEAD_DIM = 1024
@@ -58,6 +59,10 @@ def delta_inputs_triton(
 ) -> tuple[torch.Tensor, ...]:
     """As `delta_inputs_reference`."""
     inputs = (fused, conv_weight, A_log, dt_bias, local_positions)
+    if torch.compiler.is_compiling():
+        heads = (sizes.num_key_heads, sizes.num_value_heads)
+        dims = (sizes.key_head_dim, sizes.value_head_dim)
+        return *delta_inputs_graph(*inputs, history, [*heads, *dims]), _z_of(fused, sizes)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         out: tuple[torch.Tensor, ...] = DeltaInputsFunction.apply(*inputs, sizes, history)
         return out
@@ -137,9 +142,83 @@ def delta_inputs_fwd(
         **blocks,
         num_warps=4,
     )
-    start = sizes.conv_dim
-    z = fused[:, start : start + sizes.value_dim].view(values)
-    return q, k, v, g, beta, z
+    return q, k, v, g, beta, _z_of(fused, sizes)
+
+
+def _z_of(fused: torch.Tensor, sizes: DeltaSizes) -> torch.Tensor:
+    z = fused[:, sizes.conv_dim : sizes.conv_dim + sizes.value_dim]
+    return z.view(fused.shape[0], sizes.num_value_heads, sizes.value_head_dim)
+
+
+def _shapes(
+    fused: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    local_positions: torch.Tensor,
+    history: torch.Tensor | None,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, (key_heads, heads, key_dim, value_dim) = fused.shape[0], sizes
+    return (
+        fused.new_empty(num_tokens, key_heads, key_dim),
+        fused.new_empty(num_tokens, key_heads, key_dim),
+        fused.new_empty(num_tokens, heads, value_dim),
+        fused.new_empty(num_tokens, heads, dtype=torch.float32),
+        fused.new_empty(num_tokens, heads, dtype=torch.float32),
+    )
+
+
+@graph_op("delta_inputs", shapes=_shapes)
+def delta_inputs_graph(
+    fused: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    local_positions: torch.Tensor,
+    history: torch.Tensor | None,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The forward kernel for graphs; z, a view, is left to them. sizes: Hk, Hv, K, V"""
+    inputs = (fused, conv_weight, A_log, dt_bias, local_positions)
+    q, k, v, g, beta, _ = delta_inputs_fwd(*inputs, sizes=DeltaSizes(*sizes), history=history)
+    return q, k, v, g, beta
+
+
+@graph_op("delta_inputs_backward", "fused", "conv_weight", "A_log", "dt_bias")
+def delta_inputs_graph_bwd(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dg: torch.Tensor,
+    dbeta: torch.Tensor,
+    fused: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    local_positions: torch.Tensor,
+    history: torch.Tensor | None,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the first four inputs; those of z's columns are 0."""
+    d_outputs = (dq, dk, dv, dg, dbeta, None)
+    inputs = (fused, conv_weight, A_log, dt_bias, local_positions)
+    d_fused, d_conv, d_A, d_dt = delta_inputs_bwd(d_outputs, inputs, DeltaSizes(*sizes), history)
+    return d_fused, d_conv, d_A.clone(), d_dt.clone()  # they share memory, which graphs forbid
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _formula(ctx: Any, *d_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    given: tuple[Any, ...] = (*d_outputs, *ctx.saved_tensors, ctx.sizes)
+    gradients = delta_inputs_graph_bwd(*given)
+    return *gradients, None, None, None
+
+
+torch.library.register_autograd("qnext::delta_inputs", _formula, setup_context=_keep)
 
 
 @triton.jit

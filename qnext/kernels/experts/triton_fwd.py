@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 
 from qnext.kernels.experts.triton_bwd import experts_bwd
 from qnext.kernels.experts.triton_config import config_for
@@ -11,6 +10,7 @@ from qnext.kernels.experts.triton_fp8 import experts_fp8_held, held_supports
 from qnext.kernels.experts.triton_products import combine, multiply_rows, multiply_up
 from qnext.kernels.experts.triton_sort import PairTable, sort_pairs, tile_room
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
+from qnext.kernels.gpu_rows import IS_INTERPRETED
 from qnext.kernels.grad_sums import leaf_of, sum_to_extend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,8 +26,10 @@ def supports(
 ) -> str | None:
     """Say why this backend cannot run, or None."""
     if gate_up.dtype == EIGHT_BITS:
+        if torch.compiler.is_compiling():
+            return "e4m3 weights inside a compiled graph"
         return held_supports(x, gate_up, down, top_weights, top_ids)
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if x.device.type != "cuda" and not IS_INTERPRETED:
         return f"rows are on {x.device}, and Triton runs on a GPU"
     if x.dtype not in DTYPES:
         return f"rows are fp32, fp16 or bf16 here, not {x.dtype}"

@@ -9,12 +9,14 @@ import torch
 
 from qnext.kernels.gated_delta_rule.triton_bwd import gated_delta_rule_bwd
 from qnext.kernels.gated_delta_rule.triton_chunks import (
+    CHUNK,
     Chunks,
     Inputs,
     prepare_chunks,
     token_rows,
 )
 from qnext.kernels.gated_delta_rule.triton_scan import States, scan_outputs
+from qnext.kernels.graph_ops import graph_op
 
 MAX_DIM = 256
 # Up to so many tokens, a forward with gradients keeps states, which saves the backward a pass;
@@ -68,9 +70,11 @@ def gated_delta_rule_triton(
     leaves = [x for x in (q, k, v, g, beta, initial_state) if x is not None]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
     keeps_states = needs_grad and v.shape[0] <= KEEP_STATES_TOKENS
-    out, final = GatedDeltaRuleFunction.apply(
-        q, k, v, g, beta, cu_seqlens, initial_state, keeps_states
-    )
+    given = (q, k, v, g, beta, cu_seqlens, initial_state, keeps_states)
+    if torch.compiler.is_compiling():  # the op has a gradient of its own
+        out, final, *_ = gated_delta_rule_graph(*given)
+        return out, None if initial_state is None else final
+    out, final = GatedDeltaRuleFunction.apply(*given)
     return out, final
 
 
@@ -81,6 +85,13 @@ def gated_delta_rule_fwd(
     chunks = prepare_chunks(inputs)
     out, final, states = scan_outputs(inputs, chunks, initial_state, keeps_states=keeps_states)
     return out, final, chunks, states
+
+
+def _inputs(*tensors: torch.Tensor) -> Inputs:
+    """q, k, v, g, beta, cu_seqlens as the kernels read them, copied where strides ask for it."""
+    q, k, v, *rest = tensors
+    g, beta, cu_seqlens = (x.contiguous() for x in rest)
+    return Inputs(token_rows(q), token_rows(k), token_rows(v), g, beta, cu_seqlens)
 
 
 class GatedDeltaRuleFunction(torch.autograd.Function):
@@ -99,14 +110,7 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
         keeps_states: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `gated_delta_rule_triton`."""
-        inputs = Inputs(
-            token_rows(q),
-            token_rows(k),
-            token_rows(v),
-            g.contiguous(),
-            beta.contiguous(),
-            cu_seqlens.contiguous(),
-        )
+        inputs = _inputs(q, k, v, g, beta, cu_seqlens)
         initial_state = None if initial_state is None else initial_state.contiguous()
         out, final, chunks, states = gated_delta_rule_fwd(
             inputs, initial_state, keeps_states=keeps_states
@@ -133,3 +137,111 @@ class GatedDeltaRuleFunction(torch.autograd.Function):
         dout = dout.contiguous()
         grads = gated_delta_rule_bwd(inputs, chunks, initial_state, kept, dout, dfinal)
         return *grads[:5], None, grads[5], None
+
+
+# Output, final state, the tensors of `Chunks` and of `States`; empty where there is none.
+GraphResults = tuple[
+    torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor,
+]  # fmt: skip
+
+
+def _shapes(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    keeps_states: bool,
+) -> GraphResults:
+    num_tokens, heads, value_dim = v.shape
+    num_seqs = cu_seqlens.shape[0] - 1
+    slots = -(-num_tokens // CHUNK) + num_seqs
+    tile = (slots, heads, CHUNK, CHUNK)
+    return (
+        v.new_empty(v.shape),
+        g.new_empty(0 if initial_state is None else initial_state.shape),
+        cu_seqlens.new_empty(slots, 2),
+        cu_seqlens.new_empty(num_seqs),
+        k.new_empty(tile),
+        k.new_empty(tile),
+        g.new_empty(slots, heads, 5, CHUNK),
+        v.new_empty((slots, heads, k.shape[2], value_dim) if keeps_states else 0),
+        v.new_empty(v.shape if keeps_states else 0),
+    )
+
+
+@graph_op("gated_delta_rule", shapes=_shapes)
+def gated_delta_rule_graph(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    keeps_states: bool,
+) -> GraphResults:
+    """The forward kernels for graphs, with what the backward reads among the results."""
+    inputs = _inputs(q, k, v, g, beta, cu_seqlens)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    out, final, chunks, states = gated_delta_rule_fwd(
+        inputs, initial_state, keeps_states=keeps_states
+    )
+    final = inputs.g.new_empty(0) if final is None else final
+    kept = (inputs.v.new_empty(0), inputs.v.new_empty(0)) if states is None else states
+    prepared = (chunks.table, chunks.first, chunks.inverse, chunks.scores, chunks.decay)
+    return out, final, *prepared, *kept
+
+
+@graph_op("gated_delta_rule_backward", "q", "k", "v", "g", "beta", "initial_state")
+def gated_delta_rule_graph_bwd(
+    dout: torch.Tensor,
+    dfinal: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    prepared: list[torch.Tensor],
+    kept: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, g, beta and of the initial state, empty if there is none.
+
+    prepared: `Chunks`; kept: `States`, or nothing, and the pass over the chunks runs again.
+    """
+    inputs = _inputs(q, k, v, g, beta, cu_seqlens)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    states = States(*kept) if kept else None
+    grads = gated_delta_rule_bwd(
+        inputs, Chunks(*prepared), initial_state, states, dout.contiguous(), dfinal
+    )
+    made = [g.new_empty(0) if grad is None else grad for grad in grads]
+    return made[0], made[1], made[2], made[3], made[4], made[5]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: GraphResults) -> None:
+    *tensors, ctx.keeps_states = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _formula(
+    ctx: Any, dout: torch.Tensor, dfinal: torch.Tensor, *_unused: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    tensors, results = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    initial_state = tensors[6]
+    d_outputs = (dout, None if initial_state is None else dfinal)
+    prepared, kept = list(results[:5]), list(results[5:]) if ctx.keeps_states else []
+    given: tuple[Any, ...] = (*d_outputs, *tensors, prepared, kept)
+    grads = gated_delta_rule_graph_bwd(*given)
+    return *grads[:5], None, None if initial_state is None else grads[5], None
+
+
+torch.library.register_autograd("qnext::gated_delta_rule", _formula, setup_context=_keep)

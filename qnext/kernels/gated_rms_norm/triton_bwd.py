@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import column_sums, dense_rows, num_processors, row_tile, sigmoid
+from qnext.kernels.graph_ops import graph_op
 
 _PROGRAMS_PER_PROCESSOR = 6
 
@@ -16,6 +17,7 @@ def head_rows(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(-2) if x.dim() == 2 else x.reshape(-1, *x.shape[-2:])
 
 
+@graph_op("gated_rms_norm_backward", "x", "z", "weight")
 def gated_rms_norm_bwd(
     d_out: torch.Tensor, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

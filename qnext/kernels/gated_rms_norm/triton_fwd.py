@@ -8,6 +8,7 @@ import triton.language as tl
 
 from qnext.kernels.gated_rms_norm.triton_bwd import gated_rms_norm_bwd, head_rows
 from qnext.kernels.gpu_rows import row_tile, rows_objection, sigmoid
+from qnext.kernels.graph_ops import graph_op
 
 MAX_COLUMNS = 4096
 
@@ -25,6 +26,8 @@ def gated_rms_norm_triton(
     x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """As `gated_rms_norm_reference`."""
+    if torch.compiler.is_compiling():
+        return gated_rms_norm_fwd(x, z, weight, eps)  # the op has a gradient of its own
     if torch.is_grad_enabled() and (x.requires_grad or z.requires_grad or weight.requires_grad):
         out: torch.Tensor = GatedRMSNormFunction.apply(x, z, weight, eps)
         return out
@@ -38,9 +41,13 @@ class GatedRMSNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, z, weight)
-        ctx.eps = eps
+        GatedRMSNormFunction.keep(ctx, (x, z, weight, eps))
         return gated_rms_norm_fwd(x, z, weight, eps)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -48,6 +55,7 @@ class GatedRMSNormFunction(torch.autograd.Function):
         return *gated_rms_norm_bwd(d_out, x, z, weight, ctx.eps), None
 
 
+@graph_op("gated_rms_norm", "x")
 def gated_rms_norm_fwd(
     x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
@@ -75,6 +83,11 @@ def gated_rms_norm_fwd(
         num_warps=warps,
     )
     return out
+
+
+torch.library.register_autograd(
+    "qnext::gated_rms_norm", GatedRMSNormFunction.backward, setup_context=GatedRMSNormFunction.keep
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])

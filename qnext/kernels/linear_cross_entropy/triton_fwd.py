@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
+from qnext.kernels.gpu_rows import IS_INTERPRETED
 from qnext.kernels.grad_sums import leaf_of, sum_to_extend
+from qnext.kernels.graph_ops import graph_op
 from qnext.kernels.int8_rows import widened
 
 IGNORED = -100
@@ -135,16 +137,20 @@ def loss_fwd(
     )  # fmt: skip
 
 
-def scaled(
-    x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype, total: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """x times a scalar on the device, in dtype, without a wide copy; None when added to total."""
-    out = torch.empty_like(x, dtype=dtype) if total is None else total
+@graph_op(
+    "linear_cross_entropy_scaled", shapes=lambda x, factor, dtype: x.new_empty(x.shape, dtype=dtype)
+)
+def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x times a scalar on the device, in dtype, without a wide copy."""
+    out = torch.empty_like(x, dtype=dtype)
+    _scale(x, factor, out, adds=False)
+    return out
+
+
+def _scale(x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor, *, adds: bool) -> None:
+    """out = x factor, or out += x factor."""
     grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
-    linear_cross_entropy_scale_kernel[grid](
-        x, factor, out, x.numel(), ADDS=total is not None, BLOCK=SCALE_BLOCK
-    )
-    return out if total is None else None
+    linear_cross_entropy_scale_kernel[grid](x, factor, out, x.numel(), ADDS=adds, BLOCK=SCALE_BLOCK)
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, is_first: bool) -> None:
@@ -167,6 +173,57 @@ def rows_per_chunk(num_tokens: int, num_words: int, element_bytes: int) -> int:
     return whole if whole <= most else size
 
 
+def _shapes(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_weight: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape if needs_hidden else 0),
+        weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32),
+    )
+
+
+@graph_op("linear_cross_entropy", shapes=_shapes)
+def linear_cross_entropy_fwd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_weight: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of the losses, with z and without; gradients of the first where needed, else empty.
+
+    Returns:
+        Two scalars in fp32; gradients of hidden in its dtype [T, C], of the weight in fp32 [W, C].
+    """
+    num_tokens, num_words = hidden.shape[0], weight.shape[0]
+    head = weight.to(hidden.dtype)
+    size = rows_per_chunk(num_tokens, num_words, hidden.element_size())
+    # Rows start at multiples of 128 bytes, whatever the number of words.
+    room = hidden.new_empty(min(size, num_tokens), -(-num_words // 64) * 64)
+    losses = hidden.new_empty(2, num_tokens, dtype=torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape if needs_hidden else 0)
+    grad_weight = weight.new_empty(weight.shape if needs_weight else 0, dtype=torch.float32)
+    for start in range(0, num_tokens, size):
+        own = slice(start, min(start + size, num_tokens))
+        logits = room[: own.stop - start, :num_words]
+        torch.mm(hidden[own], head.t(), out=logits)
+        has_grad = needs_hidden or needs_weight
+        loss_fwd(logits, targets[own], losses[:, own], z_weight, has_grad=has_grad)
+        if needs_hidden:
+            torch.mm(logits, head, out=grad_hidden[own])
+        if needs_weight:
+            add_product(grad_weight, logits.t(), hidden[own], is_first=start == 0)
+    return losses[0].sum(), losses[1].sum(), grad_hidden, grad_weight
+
+
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """The loss is a sum, so its gradients are known up to one factor in the forward pass."""
 
@@ -178,47 +235,53 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         targets: torch.Tensor,
         z_weight: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        num_tokens, num_words = hidden.shape[0], weight.shape[0]
-        head = weight.to(hidden.dtype)
-        size = rows_per_chunk(num_tokens, num_words, hidden.element_size())
-        # Rows start at multiples of 128 bytes, whatever the number of words.
-        room = torch.empty(
-            min(size, num_tokens),
-            -(-num_words // 64) * 64,
-            dtype=hidden.dtype,
-            device=hidden.device,
+        inputs = (hidden, weight, targets, z_weight, *ctx.needs_input_grad[:2])
+        output = linear_cross_entropy_fwd(*inputs)
+        LinearCrossEntropyFunction.keep(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        hidden, weight, _, _, needs_hidden, needs_weight = inputs
+        _, loss, grad_hidden, grad_weight = output
+        ctx.save_for_backward(
+            grad_hidden if needs_hidden else None, grad_weight if needs_weight else None
         )
-        losses = torch.empty(2, num_tokens, dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
-        for start in range(0, num_tokens, size):
-            own = slice(start, min(start + size, num_tokens))
-            logits = room[: own.stop - start, :num_words]
-            torch.mm(hidden[own], head.t(), out=logits)
-            has_grad = needs_hidden or needs_weight
-            loss_fwd(logits, targets[own], losses[:, own], z_weight, has_grad=has_grad)
-            if grad_hidden is not None:
-                torch.mm(logits, head, out=grad_hidden[own])
-            if grad_weight is not None:
-                add_product(grad_weight, logits.t(), hidden[own], is_first=start == 0)
-        ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.leaf = leaf_of(weight)
-        total, loss = losses.sum(1).unbind()
         ctx.mark_non_differentiable(loss)
-        return total, loss
 
     @staticmethod
     def backward(
         ctx: Any, grad_total: torch.Tensor, grad_loss: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        totals = (None, sum_to_extend(ctx.leaf))
-        grads = [
-            None if grad is None else scaled(grad, grad_total, dtype, total)
-            for grad, dtype, total in zip(ctx.saved_tensors, ctx.dtypes, totals, strict=True)
-        ]
-        return grads[0], grads[1], None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        dtype, weight_dtype = ctx.dtypes
+        d_hidden = None if grad_hidden is None else scaled(grad_hidden, grad_total, dtype)
+        total = sum_to_extend(ctx.leaf)
+        if grad_weight is None:
+            d_weight = None
+        elif total is None:
+            d_weight = scaled(grad_weight, grad_total, weight_dtype)
+        else:
+            d_weight = None
+            _scale(grad_weight, grad_total, total, adds=True)
+        return d_hidden, d_weight, None, None
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    LinearCrossEntropyFunction.keep(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _formula(
+    ctx: Any, grad_total: torch.Tensor, *_unused: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    grads = LinearCrossEntropyFunction.backward(ctx, grad_total, grad_total)
+    return *grads, None, None
+
+
+torch.library.register_autograd("qnext::linear_cross_entropy", _formula, setup_context=_keep)
 
 
 def supports(
@@ -228,7 +291,7 @@ def supports(
     z_weight: float = 0.0,
 ) -> str | None:
     """Say why this backend cannot run, or None."""
-    if not hidden.is_cuda and not triton.knobs.runtime.interpret:
+    if not hidden.is_cuda and not IS_INTERPRETED:
         return f"rows on {hidden.device}, not on a GPU"
     if hidden.dtype not in FLOAT_DTYPES:
         return f"rows of {hidden.dtype}, not fp16, bf16 or fp32"
@@ -255,5 +318,9 @@ def linear_cross_entropy_triton(
         # Autograd asks for gradients of whatever requires them, even where none can be used.
         hidden, weight = hidden.detach(), weight.detach()
     hidden, targets = hidden.contiguous(), targets.contiguous()
-    total, loss = LinearCrossEntropyFunction.apply(hidden, weight, targets, float(z_weight))
+    if torch.compiler.is_compiling():  # the op has a gradient of its own
+        needs = (hidden.requires_grad, weight.requires_grad)
+        total, loss = linear_cross_entropy_fwd(hidden, weight, targets, float(z_weight), *needs)[:2]
+    else:
+        total, loss = LinearCrossEntropyFunction.apply(hidden, weight, targets, float(z_weight))
     return total, loss, (targets != IGNORED).sum()

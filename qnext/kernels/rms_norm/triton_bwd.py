@@ -5,11 +5,13 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import column_sums, dense_rows, num_processors, row_tile
+from qnext.kernels.graph_ops import graph_op
 
 _TILE_ELEMENTS = 4096
 _PROGRAMS_PER_PROCESSOR = 2
 
 
+@graph_op("rms_norm_backward", "x", "weight")
 def rms_norm_bwd(
     d_out: torch.Tensor,
     x: torch.Tensor,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import row_tile, rows_objection
+from qnext.kernels.graph_ops import graph_op
 from qnext.kernels.rms_norm.triton_bwd import rms_norm_bwd
 
 MAX_COLUMNS = 16384
@@ -21,6 +22,8 @@ def supports(x: torch.Tensor, weight: torch.Tensor, eps: float) -> str | None:
 
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """As `rms_norm_reference`."""
+    if torch.compiler.is_compiling():
+        return rms_norm_fwd(x, weight, eps)  # the op has a gradient of its own
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: torch.Tensor = RMSNormFunction.apply(x, weight, eps)
         return out
@@ -32,9 +35,13 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+        RMSNormFunction.keep(ctx, (x, weight, eps))
         return rms_norm_fwd(x, weight, eps)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -43,6 +50,7 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, d_weight, None
 
 
+@graph_op("rms_norm", "x")
 def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Launch the forward kernel. x: [..., C], its rows evenly spaced or copied to be so."""
     columns = x.shape[-1]
@@ -63,6 +71,11 @@ def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
         num_warps=warps,
     )
     return out
+
+
+torch.library.register_autograd(
+    "qnext::rms_norm", RMSNormFunction.backward, setup_context=RMSNormFunction.keep
+)
 
 
 @triton.jit(do_not_specialize=["num_rows", "eps"])

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import rows_objection
+from qnext.kernels.graph_ops import graph_op
 from qnext.kernels.norm_router.triton_fwd import choose_experts
 
 MAX_EXPERTS = 1024
@@ -28,11 +29,13 @@ def router_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `router_reference`; equal logits go to the lowest id."""
     weight = weight.to(x.dtype)
-    if x.dtype != torch.float32 and x.is_cuda and not torch.is_grad_enabled():
+    is_traced = torch.compiler.is_compiling()
+    if x.dtype != torch.float32 and x.is_cuda and not torch.is_grad_enabled() and not is_traced:
         logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
     else:
         logits = (x @ weight.t()).float()
-    weights, ids = RouterFunction.apply(logits, top_k, norm_topk_prob)
+    choose = router_fwd if is_traced else RouterFunction.apply  # the op has a gradient of its own
+    weights, ids = choose(logits, top_k, norm_topk_prob)
     return weights, ids, logits
 
 
@@ -47,11 +50,16 @@ class RouterFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, top_k: int, norm_topk_prob: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, ids = router_fwd(logits, top_k, norm_topk_prob)
-        ctx.norm_topk_prob = norm_topk_prob
+        output = router_fwd(logits, top_k, norm_topk_prob)
+        RouterFunction.keep(ctx, (logits, top_k, norm_topk_prob), output)
+        return output
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        logits, _, ctx.norm_topk_prob = inputs
+        weights, ids = output
         ctx.save_for_backward(weights, ids, logits)
         ctx.mark_non_differentiable(ids)
-        return weights, ids
 
     @staticmethod
     def backward(
@@ -66,6 +74,14 @@ class RouterFunction(torch.autograd.Function):
         return grad.scatter_add_(1, ids, weighted), None, None
 
 
+def _shapes(
+    logits: torch.Tensor, top_k: int, norm_topk_prob: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = (logits.shape[0], top_k)
+    return logits.new_empty(chosen), logits.new_empty(chosen, dtype=torch.int64)
+
+
+@graph_op("router", shapes=_shapes)
 def router_fwd(
     logits: torch.Tensor, top_k: int, norm_topk_prob: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,6 +102,11 @@ def router_fwd(
             num_warps=1,
         )
     return weights, ids
+
+
+torch.library.register_autograd(
+    "qnext::router", RouterFunction.backward, setup_context=RouterFunction.keep
+)
 
 
 @triton.jit

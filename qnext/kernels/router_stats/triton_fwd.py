@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import column_sums, num_processors, rows_objection
+from qnext.kernels.graph_ops import graph_op
 
 MAX_EXPERTS = 1024
 # Programs of the first stage of the sums; each warp takes whole rows.
@@ -27,9 +28,10 @@ def router_stats_triton(
     logits: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `router_stats_reference`."""
-    prob_mean, counts, z_mean, entropy_mean = RouterStatsFunction.apply(
-        logits.contiguous(), ids.contiguous()
-    )
+    logits, ids = logits.contiguous(), ids.contiguous()
+    # In a graph the op has a gradient of its own.
+    run = router_stats_fwd if torch.compiler.is_compiling() else RouterStatsFunction.apply
+    prob_mean, counts, z_mean, entropy_mean = run(logits, ids)
     return prob_mean, counts, z_mean, entropy_mean
 
 
@@ -38,38 +40,75 @@ class RouterStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        num_rows, num_experts = logits.shape
-        rows, columns, num_programs = _tile(logits)
-        # Columns of a program: sums of the softmax, of log-sum-exp squared and of the entropy.
-        partials = torch.empty(
-            num_programs, num_experts + 2, dtype=torch.float32, device=logits.device
-        )
-        counts = torch.zeros(num_experts, dtype=torch.float32, device=logits.device)
-        router_stats_fwd_kernel[(num_programs,)](
-            logits, ids, partials, counts, num_rows,
-            E=num_experts, A=ids.shape[1], BR=rows, BE=columns,
-            BA=triton.next_power_of_2(ids.shape[1]), num_warps=4,
-        )  # fmt: skip
-        sums = column_sums(partials, torch.float32) / num_rows
-        ctx.save_for_backward(logits)
-        prob_mean, z_mean, entropy_mean = (part.clone() for part in sums.split((num_experts, 1, 1)))
-        entropy_mean = entropy_mean[0]
+        output = router_stats_fwd(logits, ids)
+        RouterStatsFunction.keep(ctx, (logits, ids), output)
+        return output
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[0])
+        _, counts, _, entropy_mean = output
         ctx.mark_non_differentiable(counts, entropy_mean)
-        return prob_mean, counts, z_mean[0], entropy_mean
 
     @staticmethod
     def backward(
         ctx: Any, d_probs: torch.Tensor, d_counts: Any, d_z: torch.Tensor, d_entropy: Any
     ) -> tuple[torch.Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        num_rows, num_experts = logits.shape
-        rows, columns, num_programs = _tile(logits)
-        d_logits = torch.empty_like(logits)
-        router_stats_bwd_kernel[(num_programs,)](
-            logits, d_probs.contiguous(), d_z, d_logits, num_rows,
-            E=num_experts, BR=rows, BE=columns, num_warps=4,
-        )  # fmt: skip
-        return d_logits, None
+        return router_stats_bwd(d_probs, d_z, *ctx.saved_tensors), None
+
+
+def _shapes(
+    logits: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_experts = logits.shape[1]
+    return (
+        logits.new_empty(num_experts),
+        logits.new_empty(num_experts),
+        logits.new_empty(()),
+        logits.new_empty(()),
+    )
+
+
+@graph_op("router_stats", shapes=_shapes)
+def router_stats_fwd(
+    logits: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the forward kernel and the sums over its programs. Both arguments are contiguous."""
+    num_rows, num_experts = logits.shape
+    rows, columns, num_programs = _tile(logits)
+    # Columns of a program: sums of the softmax, of log-sum-exp squared and of the entropy.
+    partials = torch.empty(num_programs, num_experts + 2, dtype=torch.float32, device=logits.device)
+    counts = torch.zeros(num_experts, dtype=torch.float32, device=logits.device)
+    router_stats_fwd_kernel[(num_programs,)](
+        logits, ids, partials, counts, num_rows,
+        E=num_experts, A=ids.shape[1], BR=rows, BE=columns,
+        BA=triton.next_power_of_2(ids.shape[1]), num_warps=4,
+    )  # fmt: skip
+    sums = column_sums(partials, torch.float32) / num_rows
+    prob_mean, z_mean, entropy_mean = (part.clone() for part in sums.split((num_experts, 1, 1)))
+    return prob_mean, counts, z_mean[0], entropy_mean[0]
+
+
+@graph_op("router_stats_backward", "logits")
+def router_stats_bwd(
+    d_probs: torch.Tensor, d_z: torch.Tensor, logits: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of the logits from those of the mean probabilities and of z_mean."""
+    num_rows, num_experts = logits.shape
+    rows, columns, num_programs = _tile(logits)
+    d_logits = torch.empty_like(logits)
+    router_stats_bwd_kernel[(num_programs,)](
+        logits, d_probs.contiguous(), d_z, d_logits, num_rows,
+        E=num_experts, BR=rows, BE=columns, num_warps=4,
+    )  # fmt: skip
+    return d_logits
+
+
+torch.library.register_autograd(
+    "qnext::router_stats",
+    RouterStatsFunction.backward,
+    setup_context=RouterStatsFunction.keep,
+)
 
 
 def _tile(logits: torch.Tensor) -> tuple[int, int, int]:

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import dense_rows, element_tile, sigmoid
+from qnext.kernels.graph_ops import graph_op
 
 
+@graph_op("sigmoid_gate_backward", "heads", "gate")
 def sigmoid_gate_bwd(
     d_out: torch.Tensor, heads: torch.Tensor, gate: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import element_tile, rows_objection, sigmoid
+from qnext.kernels.graph_ops import graph_op
 from qnext.kernels.sigmoid_gate.triton_bwd import sigmoid_gate_bwd
 
 
@@ -17,6 +18,8 @@ def supports(heads: torch.Tensor, gate: torch.Tensor) -> str | None:
 
 def sigmoid_gate_triton(heads: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """As `sigmoid_gate_reference`."""
+    if torch.compiler.is_compiling():
+        return sigmoid_gate_fwd(heads, gate)  # the op has a gradient of its own
     if torch.is_grad_enabled() and (heads.requires_grad or gate.requires_grad):
         out: torch.Tensor = SigmoidGateFunction.apply(heads, gate)
         return out
@@ -28,14 +31,19 @@ class SigmoidGateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, heads: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(heads, gate)
+        SigmoidGateFunction.keep(ctx, (heads, gate))
         return sigmoid_gate_fwd(heads, gate)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any = None) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return sigmoid_gate_bwd(d_out, *ctx.saved_tensors)
 
 
+@graph_op("sigmoid_gate", shapes=lambda heads, gate: heads.new_empty(gate.shape))
 def sigmoid_gate_fwd(heads: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Launch the forward kernel. heads: [T, Hq, D]; gate: [T, Hq * D], read in place"""
     num_rows, columns = gate.shape
@@ -46,6 +54,11 @@ def sigmoid_gate_fwd(heads: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         rows, gate, out, num_rows, rows.stride(0), gate.stride(0), N=columns, **tile
     )
     return out
+
+
+torch.library.register_autograd(
+    "qnext::sigmoid_gate", SigmoidGateFunction.backward, setup_context=SigmoidGateFunction.keep
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import dense_rows, element_tile, sigmoid
+from qnext.kernels.graph_ops import graph_op
 
 
+@graph_op("silu_mul_backward", "gate_up")
 def silu_mul_bwd(d_out: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """Launch the backward kernel.
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.gpu_rows import element_tile, rows_objection, sigmoid
+from qnext.kernels.graph_ops import graph_op
 from qnext.kernels.silu_mul.triton_bwd import silu_mul_bwd
 
 
@@ -19,6 +20,8 @@ def supports(gate_up: torch.Tensor) -> str | None:
 
 def silu_mul_triton(gate_up: torch.Tensor) -> torch.Tensor:
     """As `silu_mul_reference`."""
+    if torch.compiler.is_compiling():
+        return silu_mul_fwd(gate_up)  # the op has a gradient of its own
     if torch.is_grad_enabled() and gate_up.requires_grad:
         out: torch.Tensor = SiluMulFunction.apply(gate_up)
         return out
@@ -30,14 +33,23 @@ class SiluMulFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate_up)
+        SiluMulFunction.keep(ctx, (gate_up,))
         return silu_mul_fwd(gate_up)
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Any = None) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> torch.Tensor:
         return silu_mul_bwd(d_out, *ctx.saved_tensors)
 
 
+def _shapes(gate_up: torch.Tensor) -> torch.Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@graph_op("silu_mul", shapes=_shapes)
 def silu_mul_fwd(gate_up: torch.Tensor) -> torch.Tensor:
     """Launch the forward kernel. gate_up: [T, 2I]"""
     num_rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
@@ -45,6 +57,11 @@ def silu_mul_fwd(gate_up: torch.Tensor) -> torch.Tensor:
     grid, tile = element_tile(num_rows, columns)
     silu_mul_fwd_kernel[grid](gate_up, out, num_rows, gate_up.stride(0), I=columns, **tile)
     return out
+
+
+torch.library.register_autograd(
+    "qnext::silu_mul", SiluMulFunction.backward, setup_context=SiluMulFunction.keep
+)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
