@@ -18,6 +18,7 @@ from qnext.cache.hybrid import HybridCache
 from qnext.engine.inputs import state_slot
 from qnext.engine.request import Request
 from qnext.engine.scheduler import PromptPart
+from qnext.kernels import dispatch
 from qnext.model.batch import CacheInputs, ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import upload
@@ -26,6 +27,8 @@ MAX_ROWS = 6144  # above, the device is the slower of the two
 STEP = 64
 STEPS_PER_OCTAVE = 8  # so that at most an eighth of the rows fills up
 MAX_GRAPHS = 48
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
 
 
 def padded_rows(num_tokens: int) -> int:
@@ -63,6 +66,25 @@ class _Prompt:
     graph: torch.cuda.CUDAGraph | None = None
 
 
+def objection(model: Qwen3Next) -> str | None:
+    """Why prompts of a model are not captured, or None.
+
+    Rows that belong to no sequence, and passes without a wait of the host, are what the delta
+    rule's GPU kernels can do and its PyTorch forms cannot.
+    """
+    if model.device.type != "cuda":
+        return f"the model is on {model.device}"
+    names = {choice.op: choice.backend for choice in dispatch.backend_report()}
+    if names["gated_delta_rule"] != "triton":
+        return f"gated_delta_rule runs on {names['gated_delta_rule']}"
+    if model.dtype not in DTYPES:
+        return f"activations are {model.dtype}"
+    largest = max(model.config.linear_key_head_dim, model.config.linear_value_head_dim)
+    if largest > MAX_HEAD_DIM:
+        return f"DeltaNet heads have {largest} dimensions, more than {MAX_HEAD_DIM}"
+    return None
+
+
 class CapturedPrefill:
     """Passes over whole prompts that are alone in theirs.
 
@@ -82,7 +104,7 @@ class CapturedPrefill:
 
     def takes(self, parts: Sequence[PromptPart]) -> bool:
         """Whether a pass over these parts is run here."""
-        if len(parts) != 1 or parts[0].start > 0:
+        if len(parts) != 1 or parts[0].start > 0 or dispatch.named_backends():
             return False
         return parts[0].end == parts[0].request.num_prompt_tokens <= MAX_ROWS
 
@@ -91,6 +113,8 @@ class CapturedPrefill:
         addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
         if addresses != self._addresses:
             self._prompts.clear()
+            self._num_passes.clear()
+            self._pool = None  # one that no graph is left of cannot be captured into again
             self._addresses = addresses
 
     def run(self, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,6 +215,11 @@ class CapturedPrefill:
         # One pool for all: only one runs at a time, and what it leaves is held.
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._forward(prompt)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._forward(prompt)
+        except RuntimeError:
+            if not any(known.graph for known in self._prompts.values()):
+                self._pool = None
+            raise
         prompt.graph = graph

@@ -1,7 +1,11 @@
 """The loop that serves requests: schedule a step, run it, commit what it decided."""
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from qnext.cache.hybrid import HybridCache
 from qnext.engine.inputs import SequenceRows
@@ -17,7 +21,7 @@ from qnext.engine.speculative import (
     VerifiedWindow,
     verify_window,
 )
-from qnext.kernels.decode_step.reference import MAX_ROUNDS, LaunchedRounds, RoundsOutput
+from qnext.kernels.decode_step.reference import MAX_ROUNDS, LaunchedRounds
 from qnext.model.qwen3_next import Qwen3Next
 
 # How long a kernel may go on by itself. Text comes in pieces of this length, which nobody notices.
@@ -101,6 +105,11 @@ class Engine:
         else:
             self.speculation = FixedSpeculation(options.max_drafts)
         self.metrics = EngineMetrics()
+        # Events, captures and Triton's launches go to the current device, whatever tensors say.
+        is_gpu = model.device.type == "cuda"
+        self._on_device: AbstractContextManager[Any] = (
+            torch.cuda.device(model.device) if is_gpu else nullcontext()
+        )
         self._step_seconds: dict[int, float] = {}  # of the last step, by its number of drafts
         self._flights: list[Flight] = []  # at most two, in the order of their launch
 
@@ -134,6 +143,10 @@ class Engine:
         Returns:
             The requests that got tokens, some of them finished.
         """
+        with self._on_device:
+            return self._step()
+
+    def _step(self) -> list[Request]:
         if self._flights and all(r.finish_reason for r in self._flights[0].requests):
             self._drop_flights()
         # Nothing is scheduled over a flight: it may hold what its requests have given back.
@@ -198,7 +211,10 @@ class Engine:
             first_row += num_rows
         self.runner.commit(windows, kept_rows, hidden)
         is_whole = len(outcomes) == len(requests)
-        self._note_steps(start, deferred_seconds, num_drafts, outcomes if is_whole else None, 1)
+        deferred_seconds = self.runner.deferred_seconds - deferred_seconds
+        seconds = time.perf_counter() - start - deferred_seconds
+        known = outcomes if is_whole else None
+        self._note_steps(1, seconds, deferred_seconds, num_drafts, len(requests), known)
         return changed
 
     def _take_off(self, requests: tuple[Request, ...], num_drafts: int) -> Flight | None:
@@ -238,32 +254,35 @@ class Engine:
         try:
             rounds = flight.launched.read()
         except ValueError:
-            self._flights.clear()
+            self._drop_flights()
             raise
         del self._flights[0]
-        self._note_landing(flight, rounds)
+        landed, deferred_seconds = time.perf_counter(), self.runner.deferred_seconds
         changed = [r for r in flight.requests if r.finish_reason is None]
-        self._append_rounds(flight.requests, rounds.token_ids, flight.num_drafts)
+        outcomes = self._append_rounds(flight.requests, rounds.token_ids, flight.num_drafts)
+        seconds = rounds.device_seconds
+        deferred_seconds -= flight.deferred_seconds
+        if seconds is None:
+            # A setup comes once, and says nothing of a step.
+            seconds = landed - flight.start - rounds.setup_seconds - deferred_seconds
+        num_rounds, num_seqs = len(rounds.token_ids), len(flight.requests)
+        self._note_steps(
+            num_rounds,
+            seconds / num_rounds,
+            deferred_seconds,
+            flight.num_drafts,
+            num_seqs,
+            outcomes,
+        )
+        for later in self._flights:
+            later.start, later.deferred_seconds = landed, self.runner.deferred_seconds
         is_last = not self._flights
         self.runner.keep_rounds(flight.requests, rounds, flight.num_drafts, is_last=is_last)
-        self.metrics.num_decode_steps += len(rounds.token_ids) - 1  # `step` counts one
+        self.metrics.num_decode_steps += num_rounds - 1  # `step` counts one
         return changed
 
-    def _note_landing(self, flight: Flight, rounds: RoundsOutput) -> None:
-        """Learn from a call that is over now, when the one behind it begins."""
-        outcomes = [
-            (flight.num_drafts, len(token_ids) - 1)
-            for decided in rounds.token_ids
-            for token_ids in decided
-        ]
-        start = flight.start + rounds.setup_seconds  # comes once, and says nothing of a step
-        num_rounds = len(rounds.token_ids)
-        self._note_steps(start, flight.deferred_seconds, flight.num_drafts, outcomes, num_rounds)
-        for later in self._flights:
-            later.start, later.deferred_seconds = time.perf_counter(), self.runner.deferred_seconds
-
     def _drop_flights(self) -> None:
-        """Let go of flights whose requests have all ended."""
+        """Wait for flights that nobody will read, and let go of them."""
         for flight in self._flights:
             flight.launched.drop()
         self._flights.clear()
@@ -302,9 +321,14 @@ class Engine:
 
     def _append_rounds(
         self, requests: tuple[Request, ...], rounds: list[list[list[int]]], num_drafts: int
-    ) -> None:
-        """Append tokens of several rounds; those after an answer's end are dropped."""
+    ) -> list[tuple[int, int]]:
+        """Append tokens of several rounds; those after an answer's end are dropped.
+
+        Returns:
+            Drafts of each window up to an answer's end, and how many stood.
+        """
         now = time.monotonic()
+        outcomes = []
         for request, *windows in zip(requests, *rounds, strict=True):
             if request.finish_reason is not None:
                 continue
@@ -313,20 +337,20 @@ class Engine:
             self.metrics.num_generated_tokens += request.num_tokens - num_before
             accepted = [len(window) - 1 for window in windows[:num_windows]]
             self._count(request, num_drafts, accepted)
+            outcomes += [(num_drafts, count) for count in accepted]
+        return outcomes
 
     def _note_steps(
         self,
-        start: float,
-        deferred_before: float,
-        num_drafts: int,
-        outcomes: list[tuple[int, int]] | None,
         num_steps: int,
+        seconds: float,
+        deferred_seconds: float,
+        num_drafts: int,
+        num_seqs: int,
+        outcomes: list[tuple[int, int]] | None,
     ) -> None:
-        """Learn from steps that began at `start`; outcomes: None if they were not typical."""
-        deferred_seconds = self.runner.deferred_seconds - deferred_before
-        seconds = (time.perf_counter() - start - deferred_seconds) / num_steps
+        """Learn from steps of `seconds` each; outcomes: None if they were not typical."""
         if outcomes is not None:
-            num_seqs = len(outcomes) // num_steps
             self.speculation.record(num_seqs, num_drafts, seconds, outcomes, deferred_seconds)
         self._step_seconds[num_drafts] = seconds
         steps = self.metrics.num_steps_by_speculation

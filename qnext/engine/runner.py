@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qnext.cache.hybrid import HybridCache
 from qnext.engine.captured_prefill import CapturedPrefill
+from qnext.engine.captured_prefill import objection as captured_objection
 from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
@@ -109,8 +110,8 @@ class ModelRunner:
         # The whole-step kernels know the layers of Qwen3Next, not those of its stand-ins.
         has_fused = self.device.type in ("cpu", "cuda") and isinstance(model, Qwen3Next)
         self._fused = FusedSteps(model, cache, max_positions) if has_fused else None
-        is_gpu = self.device.type == "cuda"
-        self._captured = CapturedPrefill(model, cache) if has_fused and is_gpu else None
+        is_captured = has_fused and captured_objection(model) is None
+        self._captured = CapturedPrefill(model, cache) if is_captured else None
         self.max_window = cache.state_pool.max_window
         self.chunk_tokens = chunk_tokens
         self.max_prefill_seqs = max_prefill_seqs

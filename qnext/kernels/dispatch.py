@@ -35,6 +35,7 @@ from qnext.kernels.gated_delta_rule import torch as delta_torch_module
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_window.reference import gated_delta_window_reference
 from qnext.kernels.gated_rms_norm.reference import gated_rms_norm_reference
+from qnext.kernels.graph_ops import constant_in_graphs
 from qnext.kernels.l2_norm.reference import l2_norm_reference
 from qnext.kernels.linear import torch as linear_torch_module
 from qnext.kernels.linear.reference import linear_reference
@@ -200,7 +201,7 @@ class _Parts:
 _parts: dict[str, _Parts] = {}  # by module
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _load_while_tracing(module: str) -> None:
     """Runs while a graph is traced and leaves nothing in it."""
     _parts[module].load()
@@ -279,7 +280,7 @@ def _fp8_linear() -> Kernel:
 _is_installed = cache(find_spec)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _triton_objection(device_type: str = "cpu") -> str | None:
     if not _is_installed("triton"):
         return "triton is not installed"
@@ -432,6 +433,11 @@ gated_delta_rule = Op(
 )
 
 OPS: dict[str, Op] = {op.name: op for op in list(globals().values()) if isinstance(op, Op)}
+
+
+def named_backends() -> dict[str, str]:
+    """Backends that `use_backend` names now, by op, or "*" for the whole model."""
+    return dict(_named)
 
 
 @contextmanager

@@ -16,6 +16,15 @@ import torch
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
+def constant_in_graphs(function: Launcher) -> Launcher:
+    """Have a function run while a graph is traced, its result a constant there.
+
+    As `torch.compiler.assume_constant_result`, which imports the compiler, for a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def graph_op(
     name: str, *like: str, shapes: Callable[..., Any] | None = None
 ) -> Callable[[Launcher], Launcher]:

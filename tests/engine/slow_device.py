@@ -18,6 +18,7 @@ class SlowDevice:
         self.best = llm.model.target.argmax(-1).tolist()
         self.launches: list[int] = []
         self.newest: SlowRounds | None = None
+        self.step_seconds: float | None = None  # what a call says of each of its steps
         self.owners = {}  # of the slots in the newest calls
         llm.engine.runner.launch_rounds = self.launch
         # As many rounds as this are asked for, whatever a step took.
@@ -109,7 +110,9 @@ class SlowRounds(LaunchedRounds):
         assert self.before is None or self.before.is_read, "calls are read in their order"
         self.device.check_slots()
         self.is_read, self.before = True, None
-        return RoundsOutput(self.tokens, self.hidden)
+        step_seconds = self.device.step_seconds
+        seconds = None if step_seconds is None else step_seconds * self.count
+        return RoundsOutput(self.tokens, self.hidden, device_seconds=seconds)
 
     def drop(self) -> None:
         self.is_read = True

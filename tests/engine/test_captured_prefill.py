@@ -4,12 +4,19 @@ import pytest
 import torch
 
 from qnext.cache.hybrid import HybridCache
-from qnext.engine.captured_prefill import MAX_GRAPHS, MAX_ROWS, CapturedPrefill, padded_rows
+from qnext.engine.captured_prefill import (
+    MAX_GRAPHS,
+    MAX_ROWS,
+    CapturedPrefill,
+    objection,
+    padded_rows,
+)
 from qnext.engine.inputs import SequenceRows, build_batch
 from qnext.engine.llm import LLM
 from qnext.engine.request import Request
 from qnext.engine.scheduler import PromptPart
 from qnext.engine.text import OutputText
+from qnext.kernels.dispatch import use_backend
 from tests.engine.tiny import greedy, id_prompts, tiny_config, tiny_model, token_ids
 
 PAGE_SIZE = 8
@@ -87,6 +94,13 @@ def test_a_part_of_a_prompt_and_several_prompts_are_not_taken():
     assert not prefill.takes([PromptPart(first, 0, 16)])
     assert not prefill.takes([PromptPart(first, 16, 20)])
     assert not prefill.takes([PromptPart(first, 0, 20), PromptPart(second, 0, 9)])
+    assert prefill.takes([PromptPart(second, 0, 9)])
+    with use_backend("torch"):  # a captured pass would go on with the kernels that it knows
+        assert not prefill.takes([PromptPart(second, 0, 9)])
+
+
+def test_models_whose_delta_rule_is_not_triton_s_are_left_to_plain_passes():
+    assert "on cpu" in objection(tiny_model(has_mtp=False))
 
 
 @pytest.mark.gpu
@@ -105,9 +119,21 @@ def test_a_captured_prompt_has_the_text_and_bits_of_the_first_pass(num_drafts):
     graphs = [prompt.graph for prompt in captured._prompts.values()]
     assert len(graphs) == 3
     assert all(graph is not None for graph in graphs)
+    del graphs  # the last that holds them once weights are replaced is the engine
     model.norm.weight.data = model.norm.weight.data.clone() + 0.5
     changed = [token_ids(llm.generate([prompt], greedy(12)))[0] for prompt in prompts]
     fresh = LLM.from_model(
         model, max_model_len=400, max_num_seqs=4, num_speculative_tokens=num_drafts
     )
+    again = [token_ids(llm.generate([prompt], greedy(12)))[0] for prompt in prompts]
+    assert changed == again
     assert changed == [token_ids(fresh.generate([p], greedy(12)))[0] for p in prompts]
+
+
+@pytest.mark.gpu
+def test_a_model_in_float64_runs_without_captured_prompts():
+    model = tiny_model().to("cuda", torch.float64)
+    assert "float64" in objection(model)
+    llm = LLM.from_model(model, max_model_len=200, max_num_seqs=2, num_speculative_tokens=0)
+    texts = [token_ids(llm.generate(id_prompts(65), greedy(8))) for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2]

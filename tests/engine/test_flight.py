@@ -1,6 +1,7 @@
 """Calls launched behind calls that nobody has read yet: the same texts, and nothing is lost."""
 
 import random
+import time
 
 import pytest
 
@@ -54,6 +55,25 @@ def test_texts_are_those_of_steps_one_by_one(model, num_drafts, num_rounds):
     assert token_ids(llm.generate(PROMPTS, params)) == expected_tokens(model, PROMPTS, params)
     assert sum(device.launches) > 3, "calls must have overlapped"
     assert_all_is_free(llm)
+
+
+def test_a_step_lasts_as_long_as_the_device_says_whatever_the_caller_does_meanwhile(model):
+    llm, device = flying_llm(model)
+    device.step_seconds = 1e-4
+    for _ in llm.stream(PROMPTS[2], greedy(30)):
+        time.sleep(0.02)
+    assert sum(device.launches) > 3, "calls must have overlapped"
+    assert dict(llm.engine._step_seconds) == {0: pytest.approx(1e-4)}
+
+
+def test_windows_after_an_answer_s_end_say_nothing_of_drafts(model):
+    llm, _ = flying_llm(model, num_drafts=2)
+    recorded = []
+    llm.engine.speculation.record = lambda *args: recorded.extend(args[3])
+    outputs = llm.generate(PROMPTS[2], greedy(30, stop_token_ids=[]))
+    metrics = outputs[0].metrics
+    assert len(recorded) == metrics.num_windows
+    assert sum(accepted for _, accepted in recorded) == metrics.num_accepted_tokens
 
 
 @pytest.mark.parametrize("num_drafts", [0, 2])

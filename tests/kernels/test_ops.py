@@ -1,5 +1,8 @@
 """The smaller ops against their definitions, and the choice of backends."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,3 +177,12 @@ def test_a_product_in_bfloat16_can_leave_in_float32(device):
     trained = weight.clone().requires_grad_()
     linear_torch(x, trained, out_dtype=torch.float32).sum().backward()
     assert trained.grad.dtype == torch.bfloat16
+
+
+def test_ops_are_there_without_triton_and_without_the_compiler():
+    code = (
+        "import sys, qnext.kernels.dispatch; print(*{'triton', 'torch._dynamo'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [], "each takes a second of every start"

@@ -31,8 +31,10 @@ def test_statistics_and_gradient_are_those_of_the_definition(num_tokens, num_exp
     ours = run(router_stats_triton, logits, ids)
     expected = run(router_stats_reference, logits.double(), ids)
     assert torch.equal(ours[1], expected[1])
-    for value, want in zip(ours, expected, strict=True):
-        assert error(value, want) < 1e-5
+    # One token's entropy may be the small difference of larger numbers.
+    assert float((ours[3].double() - expected[3]).abs()) < 1e-6 * max(1.0, float(expected[3]))
+    for i in (0, 2, 4):
+        assert error(ours[i], expected[i]) < 1e-5
 
 
 def test_a_sure_router_has_no_entropy_and_nothing_is_nan():

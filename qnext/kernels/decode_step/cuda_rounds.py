@@ -67,15 +67,17 @@ class GraphRounds(LaunchedRounds):
         self._half: int = 0 if before is None else 1 - before._half
         self._num_pages = list(map(len, rounds.rows.pages))
         self._setup_seconds = setup_seconds
+        is_gpu = captured.buffers.log.device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 if is_gpu else 0)]
+        for event in self._events[:1]:
+            event.record()
         captured.replay(self.num_rounds)
         log = captured.host_log[self._half, : self.num_rounds]
         log.copy_(captured.buffers.log[: self.num_rounds], non_blocking=True)
         # A copy of its own: the call behind this one writes where it was.
         self._hidden = captured.hidden(self.num_rounds) if rounds.wants_hidden else None
-        self._event: torch.cuda.Event | None = None
-        if captured.buffers.log.device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record()
+        for event in self._events[1:]:
+            event.record()
         trunk.prepared.launched = self
 
     @property
@@ -121,8 +123,8 @@ class GraphRounds(LaunchedRounds):
 
     def wait(self) -> None:
         """Until the device has taken the rounds."""
-        if self._event is not None:
-            self._event.synchronize()
+        for event in self._events[1:]:
+            event.synchronize()
 
     def drop(self) -> None:
         """As `LaunchedRounds.drop`."""
@@ -149,7 +151,11 @@ class GraphRounds(LaunchedRounds):
         hidden = self._hidden
         if hidden is not None:
             hidden = hidden[:num_seqs] if self.rounds.num_drafts else hidden[:, :num_seqs]
-        return RoundsOutput(tokens, hidden, self._setup_seconds)
+        seconds = None
+        if self._events:
+            begin, end = self._events
+            seconds = begin.elapsed_time(end) / 1e3
+        return RoundsOutput(tokens, hidden, self._setup_seconds, seconds)
 
 
 def launch_rounds(trunk: DecodeStep, draft: DecodeStep | None, rounds: Rounds) -> GraphRounds:

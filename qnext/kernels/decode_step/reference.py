@@ -111,11 +111,14 @@ class RoundsOutput:
             drafts of the last round's windows [N, D + 1, C], of which the rows that decided a
             token are the sequence's. None where a backend was told that nobody wants them.
         setup_seconds: spent on what the next call of this shape will find ready.
+        device_seconds: of all rounds, where the device measured them; the host's clock would count
+            what its caller does while they run.
     """
 
     token_ids: list[list[list[int]]]
     hidden: torch.Tensor | None
     setup_seconds: float = 0.0
+    device_seconds: float | None = None
 
 
 class LaunchedRounds:

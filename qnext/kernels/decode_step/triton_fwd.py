@@ -221,6 +221,7 @@ def read_weights(step: DecodeStep) -> None:
     addresses = [parameter.data_ptr() for parameter in step.parameters.values()]
     if prepared.addresses != addresses:
         prepared.graphs.clear()
+        prepared.graph_pool = None  # one that no graph is left of cannot be captured into again
         prepared.addresses = addresses
 
 
