@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures on one GPU what docs/leaderboard.md says of GPUs, step by step, each into its own log and JSON.
-#   runs/measure_gpu.sh FOLDER [STEP...]        all steps take about an hour on an H100 or H200
+#   runs/measure_gpu.sh FOLDER [STEP...]        the limits of all steps add up to some 70 minutes
 # The step "recipe" needs SHARDS, the folder that `qnext data prepare configs/nano/prepare.toml` wrote.
 # fla-core, where it is installed, runs beside the delta rule; transformers beside serving and training.
 set -uo pipefail
