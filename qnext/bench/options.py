@@ -39,6 +39,7 @@ class BenchOptions:
         json_path: file that gets the last line too.
         peer: "transformers" or None.
         ops: modules of benchmarks/ops to run; empty means all.
+        is_untested: measure kernels without running their tests first.
         cells: of the serving part; empty means all.
         layers: of the served model.
         dtype: of its weights on a GPU, one of SERVE_DTYPES; "fp8-head" has the head in fp8 too.
@@ -63,6 +64,7 @@ class BenchOptions:
     json_path: Path | None = None
     peer: str | None = None
     ops: tuple[str, ...] = ()
+    is_untested: bool = False
     cells: tuple[str, ...] = ()
     layers: int = 12
     dtype: str = "bfloat16"

@@ -82,7 +82,7 @@ def measure_part(
     elif part == "train":
         run_train(table, options, device, seconds)
     elif device.type == "cuda":
-        run_kernels(table, options.ops, seconds)
+        run_kernels(table, options.ops, seconds, runs_tests=not options.is_untested)
     else:
         table.title("kernels")
         table.skip("kernels", "there is no CUDA device")

@@ -35,6 +35,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--peer", choices=("transformers",), help="measure it too, after ours has left the memory")
     kernels = parser.add_argument_group("kernels").add_argument
     kernels("--ops", nargs="+", default=[], metavar="OP", help="modules of benchmarks/ops")
+    kernels("--untested", action="store_true", help="do not run their tests first")
     serve = parser.add_argument_group("serve").add_argument
     serve(
         "--cells",
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         json_path=args.json,
         peer=args.peer,
         ops=tuple(args.ops),
+        is_untested=args.untested,
         cells=tuple(args.cells),
         layers=args.layers,
         dtype=args.dtype,

@@ -9,7 +9,7 @@ import torch
 from qnext.bench.anchors import NEXT_12L, Anchor
 from qnext.bench.budget import Budget, repeated
 from qnext.bench.cells import Cell
-from qnext.bench.kernels import checkout_root, op_names, run_op
+from qnext.bench.kernels import OPS_FOLDER, TESTS, TESTS_FOLDER, checkout_root, run_op, run_tests
 from qnext.bench.models import bench_config, random_model
 from qnext.bench.optimizer import BenchOptimizer
 from qnext.bench.options import SERVE_CELLS, BenchOptions
@@ -200,9 +200,24 @@ def test_time_left_over_goes_to_later_pieces():
 def test_kernel_measurements_are_found_and_tuners_left_out():
     root = checkout_root()
     assert root is not None
-    names = op_names(root)
-    assert "gated_delta_rule" in names
-    assert not [name for name in names if name.startswith(("tune", "_"))]
+    with_main = {
+        path.stem for path in (root / OPS_FOLDER).glob("*.py") if "__main__" in path.read_text()
+    }
+    assert TESTS.keys() == with_main - {"tune_experts", "rows_sweep"}
+    for names in TESTS.values():
+        assert all((root / TESTS_FOLDER / f"test_{name}.py").is_file() for name in names)
+
+
+def test_a_kernel_whose_tests_fail_is_not_measured(tmp_path, capsys):
+    folder = tmp_path / TESTS_FOLDER
+    folder.mkdir(parents=True)
+    (folder / "test_right.py").write_text("def test_it():\n    assert True\n")
+    (folder / "test_wrong.py").write_text("def test_it():\n    assert False\n")
+    assert run_tests(tmp_path, ["right"], 60) is None
+    problem = run_tests(tmp_path, ["right", "wrong"], 60)
+    assert "exit code 1" in problem
+    assert "1 failed, 1 passed" in problem
+    assert "tests: 1 passed" in capsys.readouterr().out
 
 
 def test_a_kernel_measurement_runs_in_a_process_and_is_ended_in_time(tmp_path, capsys):
