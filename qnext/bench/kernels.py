@@ -15,6 +15,8 @@ from qnext.bench.report import Table
 OPS_FOLDER = Path("benchmarks") / "ops"
 # These write tables of tiles instead of measuring what there is.
 TUNERS = "tune_"
+# What a measurement has, and the modules that several of them share have not.
+RUNS = 'if __name__ == "__main__":'
 
 
 def checkout_root() -> Path | None:
@@ -25,9 +27,9 @@ def checkout_root() -> Path | None:
 
 
 def op_names(root: Path) -> list[str]:
-    """Measurements that the checkout has."""
-    stems = sorted(path.stem for path in (root / OPS_FOLDER).glob("*.py"))
-    return [stem for stem in stems if not stem.startswith(("_", TUNERS))]
+    """Measurements that the checkout has: the modules that run by themselves, without tuners."""
+    modules = [path for path in (root / OPS_FOLDER).glob("*.py") if RUNS in path.read_text("utf-8")]
+    return sorted(path.stem for path in modules if not path.stem.startswith(TUNERS))
 
 
 def run_kernels(table: Table, ops: Sequence[str], seconds: float) -> None:
