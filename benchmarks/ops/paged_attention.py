@@ -101,15 +101,6 @@ def draw(num_seqs: int, context: int, max_window: int, page_size: int, max_conte
     return Inputs(fused, k_cache, v_cache, weights, windows)
 
 
-def expected_of(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """The reference's output of the first window, and its caches after the window's keys."""
-    caches = inputs.k_cache.clone(), inputs.v_cache.clone()
-    out = paged_attention_window_reference(
-        inputs.fused, *caches, inputs.weights, inputs.windows[0], scale=D**-0.5
-    )
-    return out, *caches
-
-
 def check(modes: dict[str, dict[str, Any]] = MODES) -> None:
     """Refuse to time a kernel that is wrong.
 
@@ -117,13 +108,24 @@ def check(modes: dict[str, dict[str, Any]] = MODES) -> None:
         ValueError: by how much.
     """
     inputs = draw(3, 1000, 2, 64, 2048)
-    before = inputs.k_cache.clone(), inputs.v_cache.clone()
-    expected = expected_of(inputs)
-    for name, options in modes.items():
-        for cache, old in zip((inputs.k_cache, inputs.v_cache), before, strict=True):
+    caches = inputs.k_cache, inputs.v_cache
+    before = [cache.clone() for cache in caches]
+
+    def results(call: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        """Output, and what the call changed in the caches: whole, they would hide a wrong row."""
+        for cache, old in zip(caches, before, strict=True):
             cache.copy_(old)
-        out = inputs.calls(**options)[0]()
-        require_right(name, (out, inputs.k_cache, inputs.v_cache), expected, ERROR_LIMIT)
+        out = call()
+        changes = (new.float() - old.float() for new, old in zip(caches, before, strict=True))
+        return [out, *changes]
+
+    expected = results(
+        lambda: paged_attention_window_reference(
+            inputs.fused, *caches, inputs.weights, inputs.windows[0], scale=D**-0.5
+        )
+    )
+    for name, options in modes.items():
+        require_right(name, results(inputs.calls(**options)[0]), expected, ERROR_LIMIT)
 
 
 def measure_sweep(inputs: Inputs) -> dict[str, float]:
