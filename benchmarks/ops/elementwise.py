@@ -3,9 +3,10 @@
     python -m benchmarks.ops.elementwise --tokens 8192 32768
     python -m benchmarks.ops.elementwise --tokens 1 16 128 --graph
 
-Flagship sizes, bf16. The limit is the bytes that the op must read and write, each once, at 3.0
-TB/s; partial sums and whatever else a kernel adds count as loss. With --graph each call is replayed
-from a CUDA graph, forward only, as in decode.
+Flagship sizes, bf16. Outputs and gradients are first checked against the reference in float64, on
+fewer tokens; nothing is timed if one is wrong. The limit is the bytes that the op must read and
+write, each once, at 3.0 TB/s; partial sums and whatever else a kernel adds count as loss. With
+--graph each call is replayed from a CUDA graph, forward only, as in decode.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ops.checks import require_right
 from qnext.kernels.add_rms_norm.reference import add_rms_norm_reference
 from qnext.kernels.add_rms_norm.triton_fwd import add_rms_norm_triton
 from qnext.kernels.attention_inputs.reference import AttentionSizes, attention_inputs_reference
@@ -25,8 +27,12 @@ from qnext.kernels.delta_inputs.reference import DeltaSizes, delta_inputs_refere
 from qnext.kernels.delta_inputs.triton_fwd import delta_inputs_triton
 from qnext.kernels.gated_rms_norm.reference import gated_rms_norm_reference
 from qnext.kernels.gated_rms_norm.triton_fwd import gated_rms_norm_triton
+from qnext.kernels.merge_attention.reference import merge_attention_reference
+from qnext.kernels.merge_attention.triton_fwd import merge_attention_triton
 from qnext.kernels.rms_norm.reference import rms_norm_reference
 from qnext.kernels.rms_norm.triton_fwd import rms_norm_triton
+from qnext.kernels.router_stats.reference import router_stats_reference
+from qnext.kernels.router_stats.triton_fwd import router_stats_triton
 from qnext.kernels.sigmoid_gate.reference import sigmoid_gate_reference
 from qnext.kernels.sigmoid_gate.triton_fwd import sigmoid_gate_triton
 from qnext.kernels.silu_mul.reference import silu_mul_reference
@@ -38,6 +44,11 @@ DECODE_CALLS = 50
 DELTA = DeltaSizes(16, 32, 128, 128)
 ATTENTION = AttentionSizes(16, 2, 256)
 HIDDEN, WIDTH, ROTARY = 2048, 512, 64
+EXPERTS, ACTIVE = 512, 10
+# As in the ops' tests: of results in bf16, of a result in bf16 without sums, and of fp32 sums.
+HALF_LIMIT, MERGED_LIMIT, STATS_LIMIT = 1e-2, 4e-3, 1e-5
+CHECKED_TOKENS = 127
+DEVICE = "cuda"
 MIN_SET_BYTES = 256 << 20  # several times the L2 cache, so that no run finds its inputs in it
 
 
@@ -49,10 +60,12 @@ class Work:
         name: of the op.
         function: our kernel.
         reference: the same in plain PyTorch.
-        inputs: what it takes; those that require gradients get them.
+        inputs: what it takes; those that require gradients get them, and without any there is no
+            backward.
         forward_values: values of the rows' dtype that the forward must read and write.
         backward_values: as many of the backward.
         options: keyword arguments.
+        error_limit: largest relative error of an output or gradient that is timed.
     """
 
     name: str
@@ -62,16 +75,17 @@ class Work:
     forward_values: int
     backward_values: int
     options: dict[str, Any] = field(default_factory=dict)
+    error_limit: float = HALF_LIMIT
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
 
 
 def _delta_work(num_tokens: int) -> Work:
     heads, row = DELTA.num_value_heads, sum(DELTA.columns)
     parameters = [_draw(heads, dtype=torch.float32) for _ in range(2)]
-    positions = torch.arange(num_tokens, device="cuda") % 4096
+    positions = torch.arange(num_tokens, device=DEVICE) % 4096
     weight = _draw(DELTA.conv_dim, 4)
     inputs = (_draw(num_tokens, row), weight, *parameters, positions)
     # Two fp32 values per head, g and beta, are four of the rows' dtype; z is a view.
@@ -85,7 +99,7 @@ def _delta_work(num_tokens: int) -> Work:
 def _attention_work(num_tokens: int) -> Work:
     row = sum(ATTENTION.columns)
     heads = (ATTENTION.num_heads + ATTENTION.num_kv_heads) * ATTENTION.head_dim
-    angles = torch.randn(num_tokens, ROTARY // 2, device="cuda")
+    angles = torch.randn(num_tokens, ROTARY // 2, device=DEVICE)
     weights = (_draw(ATTENTION.head_dim), _draw(ATTENTION.head_dim))
     inputs = (_draw(num_tokens, row), *weights, angles.cos(), angles.sin())
     # cos and sin are R / 2 fp32 values each.
@@ -93,6 +107,26 @@ def _attention_work(num_tokens: int) -> Work:
     functions = (attention_inputs_triton, attention_inputs_reference)
     options = {"eps": EPS, "sizes": ATTENTION}
     return Work("attention_inputs", *functions, inputs, *sizes, options)
+
+
+def _merge_work(num_tokens: int) -> Work:
+    heads, head_dim = ATTENTION.num_heads, ATTENTION.head_dim
+    values = [_draw(num_tokens, heads, head_dim).detach() for _ in range(2)]
+    sums = [torch.randn(heads, num_tokens, device=DEVICE) for _ in range(2)]
+    # An fp32 logarithm is two values of the rows' dtype.
+    size = num_tokens * heads * (3 * head_dim + 4)
+    functions = (merge_attention_triton, merge_attention_reference)
+    inputs = (values[0], sums[0], values[1], sums[1])
+    return Work("merge_attention", *functions, inputs, size, 0, error_limit=MERGED_LIMIT)
+
+
+def _stats_work(num_tokens: int) -> Work:
+    logits = _draw(num_tokens, EXPERTS, dtype=torch.float32)
+    ids = logits.detach().topk(ACTIVE, dim=-1).indices
+    # An int64 id is two values of the logits' dtype.
+    sizes = (num_tokens * (EXPERTS + 2 * ACTIVE), 2 * num_tokens * EXPERTS)
+    functions = (router_stats_triton, router_stats_reference)
+    return Work("router_stats", *functions, (logits, ids), *sizes, error_limit=STATS_LIMIT)
 
 
 def all_work(num_tokens: int) -> list[Callable[[], Work]]:
@@ -113,14 +147,14 @@ def all_work(num_tokens: int) -> list[Callable[[], Work]]:
         return Work("add_rms_norm", *functions, inputs, 4 * wide, 4 * wide, eps)
 
     def gated_rms() -> Work:
-        fused = torch.randn(num_tokens, sum(DELTA.columns), device="cuda", dtype=torch.bfloat16)
+        fused = torch.randn(num_tokens, sum(DELTA.columns), device=DEVICE, dtype=torch.bfloat16)
         z = fused.split(DELTA.columns, dim=-1)[3].unflatten(-1, head_shape[1:]).requires_grad_()
         inputs = (_draw(*head_shape), z, _draw(DELTA.value_head_dim))
         functions = (gated_rms_norm_triton, gated_rms_norm_reference)
         return Work("gated_rms_norm", *functions, inputs, 3 * heads, 5 * heads, eps)
 
     def sigmoid() -> Work:
-        fused = torch.randn(num_tokens, sum(ATTENTION.columns), device="cuda", dtype=torch.bfloat16)
+        fused = torch.randn(num_tokens, sum(ATTENTION.columns), device=DEVICE, dtype=torch.bfloat16)
         gate = fused.split(ATTENTION.columns, dim=-1)[1].requires_grad_()
         shape = (num_tokens, ATTENTION.num_heads, ATTENTION.head_dim)
         functions = (sigmoid_gate_triton, sigmoid_gate_reference)
@@ -139,12 +173,44 @@ def all_work(num_tokens: int) -> list[Callable[[], Work]]:
         lambda: _attention_work(num_tokens),
         sigmoid,
         silu,
+        lambda: _merge_work(num_tokens),
+        lambda: _stats_work(num_tokens),
     ]
+
+
+def results(
+    function: Callable[..., Any], work: Work, inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Outputs, and gradients of their sum with fixed weights."""
+    leaves = [
+        x.detach().requires_grad_(own.requires_grad)
+        for x, own in zip(inputs, work.inputs, strict=True)
+    ]
+    out = function(*leaves, **work.options)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    learned = [x for x in leaves if x.requires_grad]
+    if not learned:
+        return outputs
+    generator = torch.Generator().manual_seed(1)
+    ends = [x for x in outputs if x.requires_grad]
+    goals = [torch.randn(x.shape, generator=generator).to(x) for x in ends]
+    return [*outputs, *torch.autograd.grad(ends, learned, goals)]
+
+
+def check(work: Work) -> None:
+    """Refuse to time a kernel that is wrong: against the reference in float64 on the same rows.
+
+    Raises:
+        ValueError: by how much.
+    """
+    wide = [x.detach().double() if x.is_floating_point() else x for x in work.inputs]
+    expected = results(work.reference, work, wide)
+    require_right(work.name, results(work.function, work, work.inputs), expected, work.error_limit)
 
 
 def milliseconds(call: Callable[[], object], num_runs: int = 20) -> float:
     """Median over runs after three to warm up; the cache is emptied before each."""
-    flush = torch.empty(MIN_SET_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(MIN_SET_BYTES, dtype=torch.int8, device=DEVICE)
     times = []
     for run in range(num_runs + 3):
         flush.zero_()
@@ -181,14 +247,14 @@ def times(function: Callable[..., Any], work: Work, in_graph: bool) -> tuple[flo
         forward = kernel_milliseconds(
             lambda: function(*work.inputs, **work.options), stream, num_calls
         )
-    if in_graph:
+    learned = [x for x in work.inputs if x.requires_grad]
+    if in_graph or not learned:
         return forward, 0.0
     # Gradients run on the stream of the forward, which must be the one that is captured.
     with torch.cuda.stream(stream):
         out = function(*work.inputs, **work.options)
-        outputs = out if isinstance(out, tuple) else (out,)
+        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
         gradients = [torch.randn_like(x) for x in outputs]
-    learned = [x for x in work.inputs if x.requires_grad]
 
     def backward() -> object:
         return torch.autograd.grad(outputs, learned, gradients, retain_graph=True)
@@ -221,6 +287,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ops", nargs="+", default=None, help="names; default all")
     parser.add_argument("--graph", action="store_true", help="forward only, 50 calls in a graph")
     args = parser.parse_args(argv)
+    for draw in all_work(CHECKED_TOKENS):
+        work = draw()
+        if args.ops is None or work.name in args.ops:
+            check(work)
     rows = []
     print(f"{'op':18}{'tokens':>8}  {'pass':9}{'us':>9}{'limit':>9}{'share':>8}{'torch us':>10}")
     for num_tokens in args.tokens:

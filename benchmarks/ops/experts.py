@@ -1,6 +1,9 @@
 """Time of the routed experts on a GPU, beside its limit and beside grouped products in PyTorch.
 
-python -m benchmarks.ops.experts --tokens 64 256 1024 4096 32768 --train-tokens 4096 32768
+    python -m benchmarks.ops.experts --tokens 64 256 1024 4096 32768 --train-tokens 4096 32768
+
+Output and gradients are checked first against the reference in fp32, at the sizes that are timed,
+up to 4096 tokens; nothing is timed if one is wrong.
 """
 
 import argparse
@@ -9,13 +12,22 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.ops.checks import require_right
 from benchmarks.report import Measurement, Skipped, environment, print_report
+from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.experts.torch import experts_torch
 from qnext.kernels.experts.triton_fwd import experts_triton
 
 # Measured on an H100 80GB HBM3: a device-to-device copy, and a large bf16 product.
 BYTES_PER_S = 3.0e12
 FLOPS_PER_S = 760e12
+ERROR_LIMIT = 1e-2  # as in the op's tests
+# The reference visits all experts with copies of all rows: more would take longer than the timing.
+MAX_CHECKED_TOKENS = 4096
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "torch": experts_torch,
+    "triton": experts_triton,
+}
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -101,6 +113,31 @@ def time_us(run: Callable[[], object], num_repeats: int, captures: bool) -> tupl
     return tuple(1e3 * before.elapsed_time(after) for before, after in pairs)
 
 
+def results(
+    function: Callable[..., torch.Tensor], inputs: Inputs, trains: bool
+) -> list[torch.Tensor]:
+    """Output, and where it trains the gradients of a sum with fixed weights."""
+    leaves = [tensor.detach().requires_grad_(trains) for tensor in inputs[:4]]
+    out = function(*leaves, inputs[4])
+    if not trains:
+        return [out]
+    goal = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return [out.detach(), *torch.autograd.grad(out, leaves, goal)]
+
+
+def check(inputs: Inputs, trains: bool) -> None:
+    """Refuse to time a backend that is wrong.
+
+    Raises:
+        ValueError: by how much.
+    """
+    wide = tuple(tensor.float() for tensor in inputs[:4])
+    expected = results(experts_reference, (*wide[:4], inputs[4]), trains)  # type: ignore[arg-type]
+    for backend, function in BACKENDS.items():
+        what = f"{backend}, {inputs[0].shape[0]} tokens, {'gradients' if trains else 'output'}"
+        require_right(what, results(function, inputs, trains), expected, ERROR_LIMIT)
+
+
 def measure(
     all_tokens: Sequence[int], train_tokens: Sequence[int], num_repeats: int, shape: Shape
 ) -> tuple[list[Measurement], list[Skipped]]:
@@ -108,14 +145,16 @@ def measure(
     weights = draw_weights(shape)
     found: list[Measurement] = []
     skipped: list[Skipped] = []
-    backends = {"torch": experts_torch, "triton": experts_triton}
     for trains, tokens_list in ((False, all_tokens), (True, train_tokens)):
         work = "forward + backward" if trains else "forward"
+        for num_tokens in sorted({min(size, MAX_CHECKED_TOKENS) for size in tokens_list}):
+            check(draw_inputs(num_tokens, shape, weights), trains)
+            torch.cuda.empty_cache()
         for num_tokens in tokens_list:
             inputs = draw_inputs(num_tokens, shape, weights)
             limit = forward_limit_us(inputs, trains)
             limit += backward_limit_us(inputs) if trains else 0
-            for backend, function in backends.items():
+            for backend, function in BACKENDS.items():
                 name = f"{work}, {num_tokens} tokens, {backend}"
                 try:
                     values = time_us(_run(function, inputs, trains), num_repeats, not trains)

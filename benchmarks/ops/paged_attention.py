@@ -6,6 +6,7 @@
 Flagship heads (16 query, 2 key, of 256), bf16. Each case is captured many times in one CUDA graph,
 on pages that take turns so that L2 holds none of them when their turn comes; a time is that of a
 replay divided by the number of calls. The page table allows --max-context, as an engine's would.
+Output and caches are checked first, on shorter contexts; nothing is timed if one is wrong.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ops.checks import require_right
 from benchmarks.ops.timing import graph_time
 from qnext.kernels.paged_attention_window import triton_fwd
 from qnext.kernels.paged_attention_window.reference import (
@@ -28,6 +30,7 @@ from qnext.kernels.paged_attention_window.reference import (
 from qnext.kernels.paged_attention_window.triton_fwd import paged_attention_window_triton
 
 BYTES_PER_US = 3.0e6  # a large copy on an H100, bytes read and written
+ERROR_LIMIT = 1e-2  # as in the op's tests
 HQ, HKV, D, R = 16, 2, 256, 64
 CASES = ((1, 1024), (8, 1024), (32, 1024), (128, 1024), (1, 32768), (8, 32768), (1, 131072))
 WINDOWS = (1, 2, 4)
@@ -98,29 +101,47 @@ def draw(num_seqs: int, context: int, max_window: int, page_size: int, max_conte
     return Inputs(fused, k_cache, v_cache, weights, windows)
 
 
-def check() -> None:
-    """Refuse to time a kernel that is wrong."""
+def check(modes: dict[str, dict[str, Any]] = MODES) -> None:
+    """Refuse to time a kernel that is wrong.
+
+    Raises:
+        ValueError: by how much.
+    """
     inputs = draw(3, 1000, 2, 64, 2048)
-    expected = paged_attention_window_reference(
-        inputs.fused, inputs.k_cache.clone(), inputs.v_cache.clone(), inputs.weights,
-        inputs.windows[0], scale=D**-0.5,
-    ).double()  # fmt: skip
-    for name, options in MODES.items():
-        out = inputs.calls(**options)[0]().double()
-        error = float((out - expected).norm() / expected.norm())
-        assert error < 1e-2, f"{name}: error {error:.1e} against the reference"
+    caches = inputs.k_cache, inputs.v_cache
+    before = [cache.clone() for cache in caches]
+
+    def results(call: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        """Output, and what the call changed in the caches: whole, they would hide a wrong row."""
+        for cache, old in zip(caches, before, strict=True):
+            cache.copy_(old)
+        out = call()
+        changes = (new.float() - old.float() for new, old in zip(caches, before, strict=True))
+        return [out, *changes]
+
+    expected = results(
+        lambda: paged_attention_window_reference(
+            inputs.fused, *caches, inputs.weights, inputs.windows[0], scale=D**-0.5
+        )
+    )
+    for name, options in modes.items():
+        require_right(name, results(inputs.calls(**options)[0]), expected, ERROR_LIMIT)
 
 
 def measure_sweep(inputs: Inputs) -> dict[str, float]:
-    """Times with other constants than the module's."""
+    """Times with other constants than the module's, each checked first."""
     times = {}
     chosen = {name: getattr(triton_fwd, name) for name in SWEEP}
-    for values in itertools.product(*SWEEP.values()):
-        for name, value in zip(SWEEP, values, strict=True):
+    try:
+        for values in itertools.product(*SWEEP.values()):
+            for name, value in zip(SWEEP, values, strict=True):
+                setattr(triton_fwd, name, value)
+            label = "/".join(map(str, values))
+            check({label: {}})
+            times[label] = graph_time(inputs.calls(), min_calls=MIN_CALLS)
+    finally:
+        for name, value in chosen.items():
             setattr(triton_fwd, name, value)
-        times["/".join(map(str, values))] = graph_time(inputs.calls(), min_calls=MIN_CALLS)
-    for name, value in chosen.items():
-        setattr(triton_fwd, name, value)
     return times
 
 

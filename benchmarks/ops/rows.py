@@ -6,7 +6,8 @@
     python -m benchmarks.ops.rows --kernels       # each launch of a mixture by itself
     python -m benchmarks.ops.rows --sweep         # other cuts than the ones chosen by shape
 
-How they are timed is told in `rows_cases`.
+How they are timed is told in `rows_cases`. Each part is checked against its references before it is
+timed, see `rows_checks`; the run ends where one is wrong.
 """
 
 import argparse
@@ -35,11 +36,24 @@ from benchmarks.ops.rows_cases import (
     product_calls,
     random,
 )
+from benchmarks.ops.rows_checks import check_mixture, check_product
 from benchmarks.ops.rows_sweep import sweep
 from benchmarks.ops.timing import graph_time
 from qnext.kernels.experts_rows.triton_config import rows_tile
+from qnext.kernels.row_argmax.reference import row_argmax_reference
 from qnext.kernels.row_argmax.triton_fwd import row_argmax_fwd
 from qnext.kernels.row_linear.triton_fwd import row_linear_fwd
+
+# Choice in the launch of the logits or in one of its own, and other cuts of the former.
+ROUTER_WAYS: dict[str, dict[str, object]] = {
+    "one launch": {},
+    "two": {"fuses": False},
+    "one overlapped": {"use_pdl": True},
+    "two overlapped": {"fuses": False, "use_pdl": True},
+    "1 rows 1 warps": {"cut": (1, 1)},
+    "2 rows 2 warps": {"cut": (2, 2)},
+    "4 rows 4 warps": {"cut": (4, 4)},
+}
 
 
 def bench_products(
@@ -49,20 +63,23 @@ def bench_products(
     for name, num_rows in itertools.product(PRODUCTS, rows):
         if is_fp8 and name == "head":
             continue
-        weights, run, num_bytes = product_calls(name, num_rows, is_fp8=is_fp8)
-        times = {
-            label: graph_time([partial(run, *w, use_pdl=use_pdl) for w in weights])
-            for label, use_pdl in (("ours", False), ("overlapped", True))
-            if not (is_quick and use_pdl)
-        }
+        calls = product_calls(name, num_rows, is_fp8=is_fp8)
+        ways: dict[str, dict[str, bool]] = {"ours": {}}
+        if not is_quick:
+            ways["overlapped"] = {"use_pdl": True}
         if num_rows == 1 and not is_quick:
-            times["as dots"] = graph_time([partial(run, *w, use_dot=True) for w in weights])
+            ways["as dots"] = {"use_dot": True}
         if num_rows > 1 and not is_fp8:
-            times["library"] = graph_time([partial(run, *w, use_library=True) for w in weights])
+            ways["library"] = {"use_library": True}
+        check_product(f"{name} T {num_rows}", calls, ways)
+        times = {
+            label: graph_time([partial(calls.run, *w, **how) for w in calls.weights])
+            for label, how in ways.items()
+        }
         if not is_fp8:
-            x = random(num_rows, weights[0][0].shape[1])
-            times["F.linear"] = graph_time([partial(F.linear, x, w[0]) for w in weights])
-        yield Line(name + (" e4m3" if is_fp8 else ""), num_rows, num_bytes, times)
+            x = random(num_rows, calls.weights[0][0].shape[1])
+            times["F.linear"] = graph_time([partial(F.linear, x, w[0]) for w in calls.weights])
+        yield Line(name + (" e4m3" if is_fp8 else ""), num_rows, calls.num_bytes, times)
 
 
 def bench_mixture(
@@ -72,6 +89,7 @@ def bench_mixture(
     turns = range(len(mixture.gates))
     gate_bytes = (E + 1) * C * 2
     for num_rows in rows:
+        check_mixture(mixture, num_rows, ROUTER_WAYS)
         xs = [random(num_rows, C) for _ in turns]
         routings = [mixture.route(xs[turn], turn) for turn in turns]
         num_bytes = mixture.num_bytes(routings)
@@ -99,18 +117,10 @@ def bench_mixture(
 
 
 def router_times(mixture: Mixture, xs: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Choice in the launch of the logits or in one of its own, and other cuts of the former."""
-    ways: dict[str, dict[str, object]] = {
-        "one launch": {},
-        "two": {"fuses": False},
-        "one overlapped": {"use_pdl": True},
-        "two overlapped": {"fuses": False, "use_pdl": True},
-    }
-    for cut in ((1, 1), (2, 2), (4, 4)):
-        ways[f"{cut[0]} rows {cut[1]} warps"] = {"cut": cut}
+    """Each of ROUTER_WAYS."""
     return {
         name: graph_time([partial(mixture.route, x, t, **how) for t, x in enumerate(xs)])  # type: ignore[arg-type]
-        for name, how in ways.items()
+        for name, how in ROUTER_WAYS.items()
     }
 
 
@@ -119,6 +129,7 @@ def bench_kernels(mixture: Mixture, label: str, rows: Sequence[int] = ROWS) -> I
     turns = range(len(mixture.gates))
     gate_bytes = (E + 1) * C * 2
     for num_rows in rows:
+        check_mixture(mixture, num_rows, ROUTER_WAYS)
         xs = [random(num_rows, C) for _ in turns]
         routings = [mixture.route(xs[turn], turn) for turn in turns]
         num_bytes = mixture.num_bytes(routings)
@@ -140,6 +151,12 @@ def bench_layers(mixture: Mixture) -> Iterable[Line]:
     in_projs = [random(12352, C, scale=0.02) for _ in turns]
     out_projs = [random(C, 2 * C, scale=0.02) for _ in turns]
     for num_rows in ROWS:
+        # The chain's links: its own result is that of 12 layers, where small differences grow.
+        for name in ("in_proj", "out_proj"):
+            calls = product_calls(name, num_rows)
+            check_product(name, calls, {"ours": {}, "overlapped": {"use_pdl": True}})
+            del calls
+        check_mixture(mixture, num_rows, {"ours": {}, "overlapped": {"use_pdl": True}})
         x0 = random(num_rows, C)
         inner = random(num_rows, 2 * C)
         routings: list[tuple[torch.Tensor, ...]] = []
@@ -173,6 +190,8 @@ def bench_argmax() -> Iterable[Line]:
     """The likeliest token, beside torch.argmax; logits of the last product lie in L2."""
     for num_rows in ROWS:
         logits = random(num_rows, W, dtype=torch.float32)
+        if not torch.equal(row_argmax_fwd(logits), row_argmax_reference(logits)):
+            raise ValueError(f"argmax T {num_rows}: not the reference's: it is not timed")
         times = {
             "ours": graph_time([partial(row_argmax_fwd, logits)] * 16),
             "torch": graph_time([partial(logits.argmax, -1)] * 16),

@@ -11,12 +11,13 @@ from functools import partial
 
 import torch
 
-from qnext.kernels.experts_rows.reference import ExpertScales
+from qnext.kernels.experts_rows.reference import ExpertScales, experts_rows_reference
 from qnext.kernels.experts_rows.triton_config import RowsTile
 from qnext.kernels.experts_rows.triton_fwd import experts_rows_fwd
 from qnext.kernels.experts_rows.triton_tiles import sum_slots, tile_down, tile_up
 from qnext.kernels.fp8_blocks import DTYPE, scale_shape
 from qnext.kernels.norm_router.triton_fwd import norm_router_fwd
+from qnext.kernels.row_linear.reference import row_linear_reference
 from qnext.kernels.row_linear.triton_fwd import RowTile, row_linear_fwd
 
 BYTES_PER_US = 3.0e6  # a large copy on an H100, bytes read and written
@@ -28,6 +29,7 @@ ROTATED_BYTES = 220e6
 # Calls in one replay, so that its start is no part of the time.
 EPS = 1e-6
 BF16 = torch.bfloat16
+DEVICE = "cuda"
 # Outputs and columns of the flagship's products, with a norm, with a residual.
 PRODUCTS = {
     "in_proj": (12352, 2048, True, False),
@@ -57,15 +59,15 @@ class Line:
 
 def random(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> torch.Tensor:
     """Normal values on the GPU, 64 million at a time: fp32 drafts of whole weights are large."""
-    out = torch.empty(shape, dtype=dtype, device="cuda")
+    out = torch.empty(shape, dtype=dtype, device=DEVICE)
     for part in out.view(-1).split(1 << 26):
-        part.copy_(torch.randn(part.shape, device="cuda") * scale)
+        part.copy_(torch.randn(part.shape, device=DEVICE) * scale)
     return out
 
 
 def block_scales(weight: torch.Tensor) -> torch.Tensor:
     """Scales that make e4m3 normal values those of an initialised weight."""
-    return torch.full(scale_shape(weight.shape), 0.02, device="cuda")
+    return torch.full(scale_shape(weight.shape), 0.02, device=DEVICE)
 
 
 def num_copies(num_bytes: float, least: int = 4) -> int:
@@ -73,10 +75,25 @@ def num_copies(num_bytes: float, least: int = 4) -> int:
     return max(least, int(ROTATED_BYTES // num_bytes) + 1) if num_bytes < ROTATED_BYTES else 2
 
 
-def product_calls(
-    name: str, num_rows: int, *, is_fp8: bool = False
-) -> tuple[list[tuple[torch.Tensor, ...]], Callable[..., torch.Tensor], float]:
-    """Weights that take turns, a function of one of them, and its bytes."""
+@dataclass(frozen=True)
+class ProductCalls:
+    """One product at one number of rows.
+
+    Attributes:
+        weights: one per turn, with its scales where it is e4m3.
+        run: ours, of a weight.
+        reference: the same in plain PyTorch.
+        num_bytes: read and written at least.
+    """
+
+    weights: list[tuple[torch.Tensor, ...]]
+    run: Callable[..., torch.Tensor]
+    reference: Callable[..., torch.Tensor]
+    num_bytes: float
+
+
+def product_calls(name: str, num_rows: int, *, is_fp8: bool = False) -> ProductCalls:
+    """Draw the flagship's product of this name."""
     num_outputs, size, has_norm, has_residual = PRODUCTS[name]
     num_bytes = num_outputs * size * (1 if is_fp8 else 2)
     x, norm_weight = random(num_rows, size), random(size, scale=0.1)
@@ -110,8 +127,14 @@ def product_calls(
             tile=tile,
         )
 
+    def reference(weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        norm = norm_weight if has_norm else None
+        return row_linear_reference(
+            x, weight, norm, residual, scale, eps=EPS, out_dtype=torch.float32
+        )
+
     out_bytes = num_rows * num_outputs * (4 if name == "head" else 2 * (1 + has_residual))
-    return weights, run, num_bytes + out_bytes + x.numel() * 2
+    return ProductCalls(weights, run, reference, num_bytes + out_bytes + x.numel() * 2)
 
 
 class Mixture:
@@ -134,7 +157,7 @@ class Mixture:
         if is_fp8:
             each = (self.gate_up, self.down, *self.shared[0])
             self.scales = ExpertScales(*(block_scales(weight) for weight in each))
-        self.counters = torch.zeros(max(ROWS), dtype=torch.int32, device="cuda")
+        self.counters = torch.zeros(max(ROWS), dtype=torch.int32, device=DEVICE)
 
     def route(
         self,
@@ -181,6 +204,23 @@ class Mixture:
             scales=self.scales,
             use_pdl=use_pdl,
             tile=tile,
+        )
+
+    def mix_reference(
+        self, x: torch.Tensor, routing: tuple[torch.Tensor, ...], turn: int
+    ) -> torch.Tensor:
+        """Experts of a turn in plain PyTorch, in fp32."""
+        normed, top_weights, top_ids, shared_logit = routing
+        return experts_rows_reference(
+            normed,
+            self.gate_up,
+            self.down,
+            *self.shared[turn],
+            top_weights=top_weights,
+            top_ids=top_ids,
+            shared_logit=shared_logit,
+            residual=x.float(),
+            scales=self.scales,
         )
 
     def kernels(

@@ -1,4 +1,7 @@
-"""Other cuts of the kernels of few rows than those chosen by shape, best first."""
+"""Other cuts of the kernels of few rows than those chosen by shape, best first.
+
+A cut whose result is not the reference's is named and not timed.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -6,6 +9,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.ops.checks import relative_error
 from benchmarks.ops.rows_cases import (
     BYTES_PER_US,
     PRODUCTS,
@@ -14,6 +18,7 @@ from benchmarks.ops.rows_cases import (
     product_calls,
     random,
 )
+from benchmarks.ops.rows_checks import ERROR_LIMIT
 from benchmarks.ops.timing import graph_time
 from qnext.kernels.experts_rows.triton_config import RowsTile
 from qnext.kernels.row_linear.triton_fwd import RowTile
@@ -24,7 +29,8 @@ def sweep_products(is_fp8: bool) -> None:
     for name, num_rows in itertools.product(PRODUCTS, (1, 4, 16)):
         if is_fp8 and name == "head":
             continue
-        weights, run, num_bytes = product_calls(name, num_rows, is_fp8=is_fp8)
+        calls = product_calls(name, num_rows, is_fp8=is_fp8)
+        expected = calls.reference(*calls.weights[0])
         size = PRODUCTS[name][1]
         if num_rows == 1:
             cuts = itertools.product((1, 2, 4, 8, 16), (size, 1024), (2, 4, 8), (1,))
@@ -39,10 +45,12 @@ def sweep_products(is_fp8: bool) -> None:
             if num_rows > 1 and (cut[0] + 16) * cut[1] * 2 * cut[3] > 210_000:
                 continue
             tile = RowTile(*cut)
-            time = graph_time([partial(run, *w, tile=tile) for w in weights], 5)
+            if not is_right(tile, calls.run(*calls.weights[0], tile=tile), expected):
+                continue
+            time = graph_time([partial(calls.run, *w, tile=tile) for w in calls.weights], 5)
             results.append((time, tile))
         label = name + (" e4m3" if is_fp8 else "")
-        show_sweep(f"{label} T {num_rows}, limit {num_bytes / BYTES_PER_US:.1f}", results)
+        show_sweep(f"{label} T {num_rows}, limit {calls.num_bytes / BYTES_PER_US:.1f}", results)
 
 
 def sweep_experts(mixture: Mixture, label: str) -> None:
@@ -51,8 +59,13 @@ def sweep_experts(mixture: Mixture, label: str) -> None:
     for num_rows in (1, 2, 3, 4, 8, 16):
         xs = [random(num_rows, C) for _ in turns]
         routings = [mixture.route(xs[turn], turn) for turn in turns]
+        # Without a residual, which is larger than the experts' sum and would hide its errors.
+        alone = torch.zeros_like(xs[0])
+        expected = mixture.mix_reference(alone, routings[0], 0)
         results = []
         for tile in tile_cuts(mixture.element_bytes):
+            if not is_right(tile, mixture.mix(alone, routings[0], 0, tile=tile), expected):
+                continue
             time = graph_time(
                 [partial(mixture.mix, xs[t], routings[t], t, tile=tile) for t in turns], 5
             )
@@ -73,10 +86,22 @@ def tile_cuts(element_bytes: int) -> list[RowsTile]:
     return cuts + [RowsTile(*ups[0], *down) for down in downs[1:]]
 
 
+def is_right(tile: object, ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a cut may be timed; says so if not."""
+    error = relative_error(ours, expected)
+    if error < ERROR_LIMIT:
+        return True
+    print(f"not timed: {tile}: error {error:.1e}, limit {ERROR_LIMIT:.0e}")
+    return False
+
+
 def show_sweep(title: str, results: Sequence[tuple[float, object]]) -> None:
     """The best six and the worst."""
     ordered = sorted(results, key=lambda pair: pair[0])
     print(title)
+    if not ordered:
+        print("  no cut is right")
+        return
     for time, tile in (*ordered[:6], ordered[-1]):
         print(f"  {time:8.1f}  {tile}")
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.ops.sample_rows --rows 1 8 128
 
-The flagship's vocabulary. The logits fall off like those of a trained model: a few large ones over
-a broad floor; "flat" rows are the worst case of top_p, where most of the vocabulary is kept. The
-limit is one read of the logits at 3.0 TB/s; up to 80 rows fit into the L2 cache and may be faster,
-as they are after the head's product, which has just written them.
+The flagship's vocabulary. Distributions and decided tokens are compared with the reference's first,
+and nothing is timed if they differ. The logits fall off like those of a trained model: a few large
+ones over a broad floor; "flat" rows are the worst case of top_p, where most of the vocabulary is
+kept. The limit is one read of the logits at 3.0 TB/s; up to 80 rows fit into the L2 cache and may
+be faster, as they are after the head's product, which has just written them.
 """
 
 import argparse
@@ -20,7 +21,11 @@ from qnext.kernels.sample_rows.fields import (
     SamplingFields,
     Window,
 )
-from qnext.kernels.sample_rows.reference import cut_probs, sample_rows_reference
+from qnext.kernels.sample_rows.reference import (
+    accept_drafts_reference,
+    cut_probs,
+    sample_rows_reference,
+)
 from qnext.kernels.sample_rows.triton_accept import accept_drafts_triton
 from qnext.kernels.sample_rows.triton_fwd import sample_rows_triton
 
@@ -37,6 +42,10 @@ SETTINGS: dict[str, tuple[float, int, float, float, bool]] = {
     "top_p 0.95, min_p 0.05": (1.0, 0, 0.95, 0.05, False),
     "top_p 0.95, flat": (1.0, 0, 0.95, 0.0, True),
 }
+
+# Of these drafts are verified too.
+ACCEPTED_SETTINGS = ("greedy", "temperature", "top_k 50")
+CHECKED_SEQS = 4
 
 
 def draw_logits(num_rows: int, is_flat: bool = False) -> torch.Tensor:
@@ -140,24 +149,46 @@ def time_sampling(num_rows: int, repeats: int) -> list[Measurement]:
     return found
 
 
+def draw_window(
+    setting: tuple[float, int, float, float, bool], num_seqs: int, depth: int
+) -> tuple[torch.Tensor, SamplingFields, Window]:
+    """Target logits, how tokens are chosen, and depth - 1 drafts from logits near the target's."""
+    device = torch.device("cuda")
+    fields = fields_of(setting, num_seqs)
+    logits = draw_logits(num_seqs * depth)
+    draft_logits = logits.view(num_seqs, depth, VOCAB_SIZE)[:, :-1].clone()
+    draft_logits += 0.3 * torch.randn_like(draft_logits)
+    tokens = torch.empty(num_seqs, depth - 1, dtype=torch.int64, device=device)
+    cuts = torch.empty(num_seqs, depth - 1, 4, dtype=torch.int64, device=device)
+    for j in range(depth - 1):
+        rows = sample_rows_triton(draft_logits[:, j], fields, purpose=1, position_offset=j)
+        tokens[:, j], cuts[:, j] = rows.tokens, rows.cuts
+    lens = torch.full((num_seqs,), depth, dtype=torch.int32, device=device)
+    return logits, fields, Window(tokens, lens, draft_logits, cuts)
+
+
+def check_acceptance(name: str, depth: int) -> None:
+    """Refuse to time a verification that decides other tokens than the reference.
+
+    Raises:
+        ValueError: for which setting.
+    """
+    setting = SETTINGS[name]
+    logits, fields, window = draw_window(setting, CHECKED_SEQS, depth)
+    has_filters = setting[1:4] != (0, 1.0, 0.0)
+    ours = accept_drafts_triton(logits, fields, window, has_filters=has_filters)
+    expected = accept_drafts_reference(logits, fields, window, has_filters=has_filters)
+    if not all(torch.equal(one, two) for one, two in zip(ours, expected, strict=True)):
+        raise ValueError(f"accept, {name}, Q = {depth}: tokens are not the reference's")
+
+
 def time_acceptance(num_seqs: int, depth: int, repeats: int) -> list[Measurement]:
     """Verification of depth - 1 drafts: everything from the target logits to the tokens."""
-    device = torch.device("cuda")
-    workspace = SampleWorkspace.allocate(num_seqs * depth, VOCAB_SIZE, device)
+    workspace = SampleWorkspace.allocate(num_seqs * depth, VOCAB_SIZE, torch.device("cuda"))
     found = []
-    for name in ("greedy", "temperature", "top_k 50"):
+    for name in ACCEPTED_SETTINGS:
         setting = SETTINGS[name]
-        fields = fields_of(setting, num_seqs)
-        logits = draw_logits(num_seqs * depth)
-        draft_logits = logits.view(num_seqs, depth, VOCAB_SIZE)[:, :-1].clone()
-        draft_logits += 0.3 * torch.randn_like(draft_logits)
-        tokens = torch.empty(num_seqs, depth - 1, dtype=torch.int64, device=device)
-        cuts = torch.empty(num_seqs, depth - 1, 4, dtype=torch.int64, device=device)
-        for j in range(depth - 1):
-            rows = sample_rows_triton(draft_logits[:, j], fields, purpose=1, position_offset=j)
-            tokens[:, j], cuts[:, j] = rows.tokens, rows.cuts
-        lens = torch.full((num_seqs,), depth, dtype=torch.int32, device=device)
-        window = Window(tokens, lens, draft_logits, cuts)
+        logits, fields, window = draw_window(setting, num_seqs, depth)
         has_filters = setting[1:4] != (0, 1.0, 0.0)
 
         def run(
@@ -190,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for num_rows in options.rows:
         found += time_sampling(num_rows, options.repeats)
     for depth in options.depths:
+        for name in ACCEPTED_SETTINGS:
+            check_acceptance(name, depth)
         for num_seqs in options.rows:
             found += time_acceptance(num_seqs, depth, options.repeats)
     print_report(found, environment(torch.get_num_threads()))

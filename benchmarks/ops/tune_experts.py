@@ -3,7 +3,9 @@
     python -m benchmarks.ops.tune_experts --tokens 16 64 256 1024 4096 32768
 
 Each number of tokens is one entry; entries of other shapes and numbers of tokens stay as they are.
-All candidates are compiled first, by as many processes as there are cores.
+All candidates are compiled first, by as many processes as there are cores. The experts are checked
+against the reference before, and a candidate whose result is not that of the rule's own tile is
+named and not timed.
 """
 
 import argparse
@@ -18,8 +20,18 @@ from typing import TypeVar
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from benchmarks.ops.checks import largest_error
 from benchmarks.ops.compile_ahead import compile_ahead
-from benchmarks.ops.experts import Inputs, Shape, draw_inputs, draw_weights, time_us
+from benchmarks.ops.experts import (
+    ERROR_LIMIT,
+    MAX_CHECKED_TOKENS,
+    Inputs,
+    Shape,
+    check,
+    draw_inputs,
+    draw_weights,
+    time_us,
+)
 from qnext.kernels.experts.triton_bwd import hidden_grad, weight_grad
 from qnext.kernels.experts.triton_config import (
     HALF_CONFIGS,
@@ -149,24 +161,45 @@ def candidates(
     return found
 
 
+def compared(result: object) -> list[torch.Tensor]:
+    """What a product returns, as far as it does not depend on the tile."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    assert isinstance(result, tuple), f"a product returned {type(result).__name__}"
+    # The third of hidden_grad's is one part per block of columns.
+    return [x.sum(-1) if place == 2 else x for place, x in enumerate(result)]
+
+
 def fastest(
-    run: Callable[[AnyTile], object], tiles: Iterable[AnyTile], num_repeats: int, captures: bool
+    run: Callable[[AnyTile], object],
+    tiles: Iterable[AnyTile],
+    usual: AnyTile,
+    num_repeats: int,
+    captures: bool,
 ) -> tuple[float, AnyTile]:
     """Median microseconds of the best tile, and that tile.
 
+    Args:
+        usual: the rule's tile, whose result the others must have.
+
     Raises:
-        ValueError: none of them could run.
+        ValueError: none of them could run, or had that result.
     """
+    expected = compared(run(usual))
     times: list[tuple[float, AnyTile]] = []
     for tile in tiles:
         try:
+            error = largest_error(compared(run(tile)), expected)
+            if not error < ERROR_LIMIT:
+                print(f"not timed: {tile}: error {error:.1e}, limit {ERROR_LIMIT:.0e}", flush=True)
+                continue
             times.append(
                 (statistics.median(time_us(partial(run, tile), num_repeats, captures)), tile)
             )
         except (OutOfResources, PTXASError):
             continue
     if not times:
-        raise ValueError("no candidate fits this GPU")
+        raise ValueError("no candidate fits this GPU and is right")
     return min(times, key=lambda entry: entry[0])
 
 
@@ -191,7 +224,8 @@ def tune(
     best: dict[str, tuple[float, Tile]] = {}
     for product in (*ROW_PRODUCTS, *(GRADS if trains else ())):
         run = partial(run_product, case, product)
-        best[product] = fastest(run, row_tiles(product, block_m), *timing)
+        usual = getattr(config, product)
+        best[product] = fastest(run, row_tiles(product, block_m), usual, *timing)
     config = replace(config, up=best["up"][1], down=best["down"][1])
     if trains:
         run = partial(run_product, case, "weight_grad")
@@ -199,7 +233,7 @@ def tune(
             config,
             hidden_grad=best["hidden_grad"][1],
             input_grad=best["input_grad"][1],
-            weight_grad=fastest(run, weight_tiles(), *timing)[1],
+            weight_grad=fastest(run, weight_tiles(), config.weight_grad, *timing)[1],
         )
     return best["up"][0] + best["down"][0], config
 
@@ -237,6 +271,8 @@ def main() -> None:
     for num_tokens, block_ms in tried.items():
         inputs = draw_inputs(num_tokens, shape, weights)
         trains = num_tokens in trained
+        check(draw_inputs(min(num_tokens, MAX_CHECKED_TOKENS), shape, weights), trains)
+        torch.cuda.empty_cache()
         results = [tune(inputs, block_m, trains, options.repeats) for block_m in block_ms]
         best_us, config = min(results, key=lambda result: result[0])
         data = json.loads(TABLE_PATH.read_text(encoding="utf-8"))
