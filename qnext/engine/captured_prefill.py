@@ -19,6 +19,7 @@ from qnext.engine.inputs import state_slot
 from qnext.engine.request import Request
 from qnext.engine.scheduler import PromptPart
 from qnext.kernels import dispatch
+from qnext.kernels.fp8_blocks import addresses_of
 from qnext.model.batch import CacheInputs, ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import upload
@@ -110,7 +111,7 @@ class CapturedPrefill:
 
     def read_weights(self) -> None:
         """Look at the model's weights anew: graphs are dropped where one has moved."""
-        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        addresses = addresses_of(self.model.parameters())
         if addresses != self._addresses:
             self._prompts.clear()
             self._num_passes.clear()

@@ -6,6 +6,7 @@ bits may follow in a wider type, as its attribute `tail`: the matrix then counts
 """
 
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -77,6 +78,12 @@ def widened_blocks(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide = dequantized(weight, block_scale_of(weight)).to(dtype)
     tail = tail_of(weight)
     return wide if tail is None else torch.cat([wide, tail.to(dtype)])
+
+
+def addresses_of(weights: Iterable[torch.Tensor]) -> list[int]:
+    """Where weights lie, with scales and tails of e4m3 ones: all that a captured graph reads."""
+    parts = [part for weight in weights for part in (weight, held_scale(weight), tail_of(weight))]
+    return [part.data_ptr() for part in parts if part is not None]
 
 
 def device_objection(device: torch.device) -> str | None:

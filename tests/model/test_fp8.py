@@ -20,6 +20,7 @@ from qnext.io.writer import write_checkpoint
 from qnext.kernels.dispatch import use_backend
 from qnext.kernels.fp8_blocks import (
     DTYPE,
+    addresses_of,
     block_scale_of,
     dequantized,
     quantize_blocks,
@@ -123,6 +124,17 @@ def assert_same_matrices(ours, expected):
         assert (tail_of(parameter) is None) == (tail_of(other) is None), name
         if tail_of(other) is not None:
             assert torch.equal(tail_of(parameter), tail_of(other)), name
+
+
+def test_a_new_scale_at_an_old_matrix_is_a_new_address():
+    weight = torch.zeros(128, 128).to(torch.float8_e4m3fn)
+    weight.block_scale = torch.ones(1, 1)
+    before = addresses_of([torch.zeros(3), weight])
+    assert len(before) == 3
+    old, weight.block_scale = weight.block_scale, torch.ones(1, 1)
+    after = addresses_of([torch.zeros(3), weight])
+    assert after[1] == before[1]
+    assert after[2] != old.data_ptr()
 
 
 def test_what_the_published_checkpoints_keep_stays_as_it_is():

@@ -20,7 +20,7 @@ from qnext.kernels.decode_step.triton_layers import (
     logits_of,
     run_step,
 )
-from qnext.kernels.fp8_blocks import BLOCK
+from qnext.kernels.fp8_blocks import BLOCK, addresses_of
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.gated_delta_step.inputs import StepMemory, StepRows
 from qnext.kernels.gated_delta_step.triton_fwd import gated_delta_step_fwd
@@ -121,7 +121,7 @@ def prepare(step: DecodeStep) -> Prepared:
             rotation=(cos, sin),
             use_pdl=device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0),
         ),
-        addresses=[parameter.data_ptr() for parameter in step.parameters.values()],
+        addresses=addresses_of(step.parameters.values()),
     )
     prepared: Prepared = step.prepared
     return prepared
@@ -218,7 +218,7 @@ def read_weights(step: DecodeStep) -> None:
     known = prepared.tensors
     prepared.tensors = replace(known, layers=layer_weights(step, known.rotation))
     # All of the model's: a captured round reads the draft layer, embedding and head as well.
-    addresses = [parameter.data_ptr() for parameter in step.parameters.values()]
+    addresses = addresses_of(step.parameters.values())
     if prepared.addresses != addresses:
         prepared.graphs.clear()
         prepared.graph_pool = None  # one that no graph is left of cannot be captured into again
