@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qnext.kernels.experts.triton_config import MANY_ROWS, Tile, default_config
+from qnext.kernels.experts.triton_config import Tile, default_config
 from qnext.kernels.experts.triton_products import combine, describe
 from qnext.kernels.experts.triton_sort import PairTable, max_tiles, sort_pairs
 from qnext.kernels.fp8_blocks import BLOCK, DTYPE, LARGEST, block_scale_of, device_objection
