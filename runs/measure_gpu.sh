@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Measures on one GPU what docs/leaderboard.md says of GPUs, step by step, each into its own log and JSON.
-#   runs/measure_gpu.sh FOLDER [STEP...]        the limits of all steps add up to some 70 minutes
+#   runs/measure_gpu.sh FOLDER [STEP...]        steps with limits add up to some 45 minutes
 # The step "recipe" needs SHARDS, the folder that `qnext data prepare configs/nano/prepare.toml` wrote.
 # fla-core, where it is installed, runs beside the delta rule; transformers beside serving and training.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?names the folder for logs}")
 shift
-steps=${*:-tests kernels serve fp8 fp8-head train accumulate curves recipe}
+steps=${*:-tests kernels serve fp8 fp8-head train accumulate curves recipe sanitize}
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$out"
@@ -41,8 +41,9 @@ for step in $steps; do
             run recipe "$python" -m benchmarks.recipe configs/nano/train.toml --minutes 5 \
                 --set "data.shards=${SHARDS:?names the folder of prepared shards}"
             ;;
+        sanitize) run sanitize "$python" -m benchmarks.sanitize ;;
         *)
-            echo "step $step: want tests, kernels, serve, fp8, fp8-head, train, accumulate, curves, recipe" >&2
+            echo "step $step: want tests, kernels, serve, fp8, fp8-head, train, accumulate, curves, recipe, sanitize" >&2
             exit 2
             ;;
     esac
