@@ -17,6 +17,7 @@ from typing import get_args
 import torch
 
 from benchmarks.ops.checks import require_right
+from benchmarks.ops.timing import time_us
 from benchmarks.report import Measurement, environment, print_report
 from qnext.kernels.adamw.moments import AdamWRule, MomentKind, Moments
 from qnext.kernels.adamw.reference import adamw_reference
@@ -78,19 +79,6 @@ def check(kind: MomentKind) -> None:
             raise ValueError(f"{what}: codes differ by up to {difference.max()}: it is not timed")
 
 
-def time_ms(run: Callable[[], object], repeats: int) -> tuple[float, ...]:
-    """Milliseconds of each of `repeats` runs, after two to warm up."""
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return tuple(times[2:])
-
-
 def contenders(
     param: torch.Tensor, kinds: Sequence[MomentKind]
 ) -> Iterator[tuple[str, Callable[[], object], int]]:
@@ -121,7 +109,8 @@ def measure(kinds: Sequence[MomentKind], repeats: int) -> list[Measurement]:
     param.grad = draw(SHAPE, 1e-3)
     found = []
     for name, run, size in contenders(param, kinds):
-        times, limit = time_ms(run, repeats), size / BYTES_PER_MS
+        times = tuple(us / 1e3 for us in time_us(run, repeats, captures=False))
+        limit = size / BYTES_PER_MS
         note = f"limit {limit:.2f} ms, {limit / statistics.median(times):.0%} of it"
         kind, _, backend = name.partition(" moments: ")
         labels = {"moments": kind, "backend": backend}

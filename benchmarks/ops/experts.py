@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.ops.checks import require_right
+from benchmarks.ops.timing import time_us
 from benchmarks.report import Measurement, Skipped, environment, print_report
 from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.experts.torch import experts_torch
@@ -90,27 +91,6 @@ def backward_limit_us(inputs: Inputs) -> float:
 
 def _limit_us(num_bytes: int, num_flops: int) -> float:
     return 1e6 * max(num_bytes / BYTES_PER_S, num_flops / FLOPS_PER_S)
-
-
-def time_us(run: Callable[[], object], num_repeats: int, captures: bool) -> tuple[float, ...]:
-    """Microseconds of each of several runs, replayed from a CUDA graph where `captures`."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    if captures:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        run = graph.replay
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    pairs = zip(marks, marks[1:], strict=False)
-    return tuple(1e3 * before.elapsed_time(after) for before, after in pairs)
 
 
 def results(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from benchmarks.ops import checks
 from benchmarks.report import Measurement, Skipped, environment, print_report
 from qnext.kernels.gated_delta_rule.torch import gated_delta_rule_torch
 from qnext.kernels.gated_delta_rule.triton_fwd import gated_delta_rule_triton
@@ -109,11 +110,7 @@ def largest_error(rule: Rule, has_backward: bool) -> float:
     tokens, bounds = draw_inputs(CHECKED)
     expected = results(in_chunks, [x.double() for x in tokens], bounds, has_backward)
     found = results(rule, tokens, bounds, has_backward)
-    errors = [
-        float((a.detach().double() - b.detach()).norm() / b.detach().norm())
-        for a, b in zip(found, expected, strict=True)
-    ]
-    return max(errors, key=lambda error: error if error == error else float("inf"))
+    return checks.largest_error(found, expected)
 
 
 def time_ms(run: Callable[[], object], repeats: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Times of calls that are too short to be timed one by one."""
+"""Times of calls on a GPU, one by one or many in a graph."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,3 +32,24 @@ def graph_time(
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000 / len(calls))
     return statistics.median(times[2:])
+
+
+def time_us(run: Callable[[], object], num_repeats: int, captures: bool) -> tuple[float, ...]:
+    """Microseconds of each of several runs, replayed from a CUDA graph where `captures`."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    if captures:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(num_repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    pairs = zip(marks, marks[1:], strict=False)
+    return tuple(1e3 * before.elapsed_time(after) for before, after in pairs)

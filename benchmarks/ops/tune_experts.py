@@ -30,8 +30,8 @@ from benchmarks.ops.experts import (
     check,
     draw_inputs,
     draw_weights,
-    time_us,
 )
+from benchmarks.ops.timing import time_us
 from qnext.kernels.experts.triton_bwd import hidden_grad, weight_grad
 from qnext.kernels.experts.triton_config import (
     HALF_CONFIGS,

@@ -17,7 +17,12 @@ TESTS_FOLDER = Path("tests") / "kernels"
 # Measurements, modules of OPS_FOLDER, and the tests whose pass makes their numbers count.
 TESTS = {
     "adamw": ("adamw",),
-    "elementwise": ("triton_elementwise", "triton_delta_inputs", "merge_attention"),
+    "elementwise": (
+        "triton_elementwise",
+        "triton_delta_inputs",
+        "merge_attention",
+        "router_stats",
+    ),
     "experts": ("triton_experts",),
     "gated_delta_rule": ("triton_gated_delta_rule",),
     "gated_delta_step": ("triton_gated_delta_step",),

@@ -55,7 +55,7 @@ def round_seconds(llm: LLM, num_seqs: int, num_drafts: int) -> RoundSeconds | No
 
 def _median_seconds(captured: "CapturedRounds", replay: Callable[[], None]) -> float:
     buffers = captured.buffers
-    places = (buffers.contexts, buffers.fields.position, buffers.draft_contexts, buffers.round)
+    places = (buffers.contexts, buffers.fields.position, buffers.draft_contexts)
     with torch.inference_mode():
         before = [place.clone() for place in places]
         times = []

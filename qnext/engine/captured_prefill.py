@@ -28,8 +28,6 @@ MAX_ROWS = 6144  # above, the device is the slower of the two
 STEP = 64
 STEPS_PER_OCTAVE = 8  # so that at most an eighth of the rows fills up
 MAX_GRAPHS = 48
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_DIM = 256
 
 
 def padded_rows(num_tokens: int) -> int:
@@ -75,15 +73,18 @@ def objection(model: Qwen3Next) -> str | None:
     """
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
-    names = {choice.op: choice.backend for choice in dispatch.backend_report()}
-    if names["gated_delta_rule"] != "triton":
-        return f"gated_delta_rule runs on {names['gated_delta_rule']}"
-    if model.dtype not in DTYPES:
-        return f"activations are {model.dtype}"
-    largest = max(model.config.linear_key_head_dim, model.config.linear_value_head_dim)
-    if largest > MAX_HEAD_DIM:
-        return f"DeltaNet heads have {largest} dimensions, more than {MAX_HEAD_DIM}"
-    return None
+    config, device = model.config, model.device
+    wide = torch.promote_types(model.dtype, torch.float32)
+    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    keys = torch.empty(1, config.linear_num_key_heads, key_dim, dtype=model.dtype, device=device)
+    gates = torch.empty(1, config.linear_num_value_heads, dtype=wide, device=device)
+    values = keys.new_empty(*gates.shape, value_dim)
+    (kernel,) = (k for k in dispatch.gated_delta_rule.kernels if k.backend == "triton")
+    return kernel.supports(
+        *(keys, keys, values, gates, gates),
+        cu_seqlens=torch.empty(2, dtype=torch.int32, device=device),
+        initial_state=gates.new_empty(*gates.shape, key_dim, value_dim),
+    )
 
 
 class CapturedPrefill:

@@ -126,9 +126,7 @@ class FusedSteps:
             penalties=penalties_of(requests),
         )
         self._is_deferring = True
-        is_gpu = self.model.device.type == "cuda"
-        module = import_module(_ROUNDS_GPU if is_gpu else _ROUNDS_CPU)
-        launched: LaunchedRounds = module.launch_rounds(self.trunk, self.draft, rounds)
+        launched: LaunchedRounds = self._rounds.launch_rounds(self.trunk, self.draft, rounds)
         return launched
 
     def mtp_step(self, rows: Sequence[SequenceRows], hidden: Tensor) -> StepOutput:
@@ -151,9 +149,8 @@ class FusedSteps:
     @property
     def takes_penalties(self) -> bool:
         """Whether the device's rounds know penalties."""
-        is_gpu = self.model.device.type == "cuda"
-        name = _ROUNDS_GPU if is_gpu else _ROUNDS_CPU
-        return name.endswith("cuda_rounds")
+        takes: bool = self._rounds.TAKES_PENALTIES
+        return takes
 
     def captured_rounds(self) -> list[Any]:
         """Rounds that were captured so far, for benchmarks; none on a CPU."""
@@ -169,6 +166,12 @@ class FusedSteps:
         """The kernels' module, which is loaded when it is first needed."""
         is_gpu = self.model.device.type == "cuda"
         return import_module(_KERNELS_GPU if is_gpu else _KERNELS_CPU)
+
+    @property
+    def _rounds(self) -> Any:
+        """The module of the kernels' rounds, likewise."""
+        is_gpu = self.model.device.type == "cuda"
+        return import_module(_ROUNDS_GPU if is_gpu else _ROUNDS_CPU)
 
     def _rows(self, windows: Sequence[SequenceRows], hidden: Tensor | None) -> WindowRows:
         def make_batch() -> ForwardBatch:

@@ -34,7 +34,21 @@ from qnext.kernels.sample_rows.triton_penalties import clear_counts_triton, coun
 # Numbers of sequences that graphs are captured for; others are filled up with padding, and those
 # above the last to a multiple of it.
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+TAKES_PENALTIES = True
 MAX_GRAPHS = 24  # kept; each has buffers of its own
+
+
+class DeviceTimes:
+    """Where a call begins on the current stream, and where it ends once `end` is recorded."""
+
+    def __init__(self) -> None:
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.begin.record()
+
+    @property
+    def seconds(self) -> float:
+        """From begin to end, both of which the device has passed."""
+        return self.begin.elapsed_time(self.end) / 1e3
 
 
 class GraphRounds(LaunchedRounds):
@@ -68,16 +82,14 @@ class GraphRounds(LaunchedRounds):
         self._num_pages = list(map(len, rounds.rows.pages))
         self._setup_seconds = setup_seconds
         is_gpu = captured.buffers.log.device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 if is_gpu else 0)]
-        for event in self._events[:1]:
-            event.record()
+        self._times = DeviceTimes() if is_gpu else None
         captured.replay(self.num_rounds)
         log = captured.host_log[self._half, : self.num_rounds]
         log.copy_(captured.buffers.log[: self.num_rounds], non_blocking=True)
         # A copy of its own: the call behind this one writes where it was.
         self._hidden = captured.hidden(self.num_rounds) if rounds.wants_hidden else None
-        for event in self._events[1:]:
-            event.record()
+        if self._times is not None:
+            self._times.end.record()
         trunk.prepared.launched = self
 
     @property
@@ -123,8 +135,8 @@ class GraphRounds(LaunchedRounds):
 
     def wait(self) -> None:
         """Until the device has taken the rounds."""
-        for event in self._events[1:]:
-            event.synchronize()
+        if self._times is not None:
+            self._times.end.synchronize()
 
     def drop(self) -> None:
         """As `LaunchedRounds.drop`."""
@@ -151,10 +163,7 @@ class GraphRounds(LaunchedRounds):
         hidden = self._hidden
         if hidden is not None:
             hidden = hidden[:num_seqs] if self.rounds.num_drafts else hidden[:, :num_seqs]
-        seconds = None
-        if self._events:
-            begin, end = self._events
-            seconds = begin.elapsed_time(end) / 1e3
+        seconds = None if self._times is None else self._times.seconds
         return RoundsOutput(tokens, hidden, self._setup_seconds, seconds)
 
 

@@ -42,6 +42,7 @@ from qnext.runtime.random_bits import Purpose
 
 _TARGET, _DRAFT = int(Purpose.TARGET), int(Purpose.DRAFT)
 _ACCEPT, _RESIDUAL = int(Purpose.ACCEPT), int(Purpose.RESIDUAL)
+TAKES_PENALTIES = False
 _DRAFTING = 1 << 20  # keeps the times of rounds with drafts apart from those of windows
 
 
