@@ -8,7 +8,13 @@ from tests.kernels.triton_env import DEVICE, HALF, IS_INTERPRETED, error
 
 pytest.importorskip("triton")
 
-from qnext.kernels.gated_delta_rule import triton_chunks, triton_fwd, triton_scan
+from qnext.kernels.gated_delta_rule import (
+    triton_bwd,
+    triton_chunks,
+    triton_fwd,
+    triton_scan,
+    triton_segments,
+)
 from qnext.kernels.gated_delta_rule.reference import gated_delta_rule_reference
 from qnext.kernels.gated_delta_rule.summary import gated_delta_summary_reference
 from qnext.kernels.gated_delta_rule.torch import gated_delta_rule_torch
@@ -118,6 +124,41 @@ def test_states_kept_by_the_forward_give_the_gradients_of_states_computed_again(
         assert error(a, b) < 1e-6, name
 
 
+def _whole_and_segmented(monkeypatch, inputs, bounds, has_state, length):
+    """Results without and with segments of `length` tokens, for tokens before the bounds' end."""
+    found = []
+    for threshold in (1 << 30, 1):
+        monkeypatch.setattr(triton_segments, "SEGMENTED_TOKENS", threshold)
+        monkeypatch.setattr(triton_segments, "SHORTEST_SEGMENT", length)
+        results = _results(gated_delta_rule_triton, inputs, bounds, has_state)
+        num_tokens = inputs[0].shape[0]
+        found.append([x[: bounds[-1]] if x.shape[0] == num_tokens else x for x in results])
+    return found
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("end", [300, 120, 128])
+def test_segments_change_no_bit(monkeypatch, end, has_state):
+    monkeypatch.setattr(triton_segments, "STEP", 64)
+    inputs, _ = _inputs((1, 2, 16, 16), (300,), 0.05, torch.float32)
+    bounds = _bounds((end,))
+    table = triton_segments.segments
+    lengths = []
+
+    def segments(*args):
+        parts = table(*args)
+        lengths.append([(part.cu_seqlens[1] - part.cu_seqlens[0]).item() for part in parts])
+        return parts
+
+    for module in (triton_fwd, triton_bwd):
+        monkeypatch.setattr(module, "segments", segments)
+    whole, cut = _whole_and_segmented(monkeypatch, inputs, bounds, has_state, 128)
+    expected = {300: [128, 128, 44], 120: [120, 0, 0], 128: [128, 0, 0]}[end]
+    assert lengths == [[end], [end], expected, expected]
+    for a, b in zip(whole, cut, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     "tokens, has_grad, kept", [(70, True, True), (70, False, False), (71, True, False)]
 )
@@ -125,16 +166,16 @@ def test_states_are_kept_only_for_gradients_of_few_tokens(monkeypatch, tokens, h
     monkeypatch.setattr(triton_fwd, "KEEP_STATES_TOKENS", 70)
     inputs, bounds = _inputs((1, 1, 16, 16), (tokens,), 0.1, torch.float32)
     written = []
-    launch = triton_fwd.scan_outputs
+    launch = triton_fwd.scan
 
-    def scan_outputs(*args, **kwargs):
-        written.append(launch(*args, **kwargs))
-        return written[-1]
+    def scan(*args, **kwargs):
+        written.append(kwargs["states"])
+        launch(*args, **kwargs)
 
-    monkeypatch.setattr(triton_fwd, "scan_outputs", scan_outputs)
+    monkeypatch.setattr(triton_fwd, "scan", scan)
     with torch.set_grad_enabled(has_grad):
         gated_delta_rule_triton(*[x.requires_grad_() for x in inputs[:5]], cu_seqlens=bounds)
-    assert (written[0][2] is not None) == kept
+    assert (written[0] is not None) == kept
 
 
 def test_beta_of_zero_has_a_gradient():
@@ -310,6 +351,46 @@ def test_a_long_sequence_gives_the_same_bits_each_time():
         again = _results(gated_delta_rule_triton, inputs, bounds, True)
         for name, a, b in zip(NAMES, first, again, strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_state", [True, False])
+def test_segments_of_flagship_heads_change_no_bit(monkeypatch, has_state):
+    inputs, _ = _inputs(FLAGSHIP, (9000,), 0.02, HALF, alike=0.1)
+    bounds = _bounds((8500,))
+    for _ in range(3):  # on streams that run side by side
+        whole, cut = _whole_and_segmented(monkeypatch, inputs, bounds, has_state, 1024)
+        for a, b in zip(whole, cut, strict=True):
+            assert torch.equal(a, b)
+    with torch.no_grad():
+        state = inputs[5] if has_state else None
+        outs = []
+        for threshold in (1 << 30, 1):
+            monkeypatch.setattr(triton_segments, "SEGMENTED_TOKENS", threshold)
+            outs.append(
+                gated_delta_rule_triton(*inputs[:5], cu_seqlens=bounds, initial_state=state)
+            )
+    assert torch.equal(outs[0][0][:8500], outs[1][0][:8500])
+    assert not has_state or torch.equal(outs[0][1], outs[1][1])
+
+
+@pytest.mark.gpu
+def test_a_graph_of_segments_replays_with_other_bounds():
+    inputs, bounds = _inputs(FLAGSHIP, (9000,), 0.02, HALF, alike=0.1)
+
+    def run():
+        return gated_delta_rule_triton(*inputs[:5], cu_seqlens=bounds, initial_state=inputs[5])
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, final = run()
+    bounds.copy_(_bounds((5000,)))
+    graph.replay()
+    expected, expected_final = run()
+    assert torch.equal(out[:5000], expected[:5000])
+    assert torch.equal(final, expected_final)
 
 
 @pytest.mark.gpu

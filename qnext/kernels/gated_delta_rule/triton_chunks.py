@@ -333,25 +333,31 @@ def chunk_table(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return table, first
 
 
-def prepare_chunks(inputs: Inputs) -> Chunks:
-    """Chunk table, inverses, scores and decays; without q, no scores."""
-    num_key_heads, num_heads, key_dim, _ = inputs.sizes
-    num_slots, k, q = inputs.num_slots, inputs.k, inputs.q
+def empty_chunks(inputs: Inputs) -> Chunks:
+    """The chunk table, and memory that `prepare_slots` fills; without q, no scores."""
+    _, num_heads, _, _ = inputs.sizes
     table, first = chunk_table(inputs)
-    tile = (num_slots, num_heads, CHUNK, CHUNK)
-    inverse = k.new_empty(tile)
-    scores = inverse if q is None else k.new_empty(tile)
-    decay = k.new_empty(num_slots, num_heads, 5, CHUNK, dtype=torch.float32)
+    tile = (inputs.num_slots, num_heads, CHUNK, CHUNK)
+    inverse = inputs.k.new_empty(tile)
+    scores = inverse if inputs.q is None else inputs.k.new_empty(tile)
+    decay = inputs.g.new_empty(inputs.num_slots, num_heads, 5, CHUNK)
+    return Chunks(table, first, inverse, scores, decay)
+
+
+def prepare_slots(inputs: Inputs, chunks: Chunks, slots: slice) -> None:
+    """Inverses, scores and decays of some slots."""
+    num_key_heads, num_heads, key_dim, _ = inputs.sizes
+    q, k = inputs.q, inputs.k
     heads = 1 if inputs.is_fp32 or num_heads // num_key_heads % 2 else PREPARED_HEADS
-    prepare_kernel[(num_slots * num_heads // heads,)](
+    prepare_kernel[((slots.stop - slots.start) * num_heads // heads,)](
         k if q is None else q,
         k,
         inputs.g,
         inputs.beta,
-        table,
-        inverse,
-        scores,
-        decay,
+        chunks.table[slots],
+        chunks.inverse[slots],
+        chunks.scores[slots],
+        chunks.decay[slots],
         k.stride(0) if q is None else q.stride(0),
         k.stride(0),
         Hk=num_key_heads,
@@ -366,4 +372,10 @@ def prepare_chunks(inputs: Inputs) -> Chunks:
         num_stages=1,
         maxnreg=MOST_REGISTERS,
     )
-    return Chunks(table, first, inverse, scores, decay)
+
+
+def prepare_chunks(inputs: Inputs) -> Chunks:
+    """Chunk table, inverses, scores and decays; without q, no scores."""
+    chunks = empty_chunks(inputs)
+    prepare_slots(inputs, chunks, slice(0, inputs.num_slots))
+    return chunks

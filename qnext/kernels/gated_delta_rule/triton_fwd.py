@@ -12,10 +12,12 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     CHUNK,
     Chunks,
     Inputs,
-    prepare_chunks,
+    empty_chunks,
+    prepare_slots,
     token_rows,
 )
-from qnext.kernels.gated_delta_rule.triton_scan import States, scan_outputs
+from qnext.kernels.gated_delta_rule.triton_scan import States, empty_states, scan
+from qnext.kernels.gated_delta_rule.triton_segments import Chain, segments
 from qnext.kernels.graph_ops import graph_op
 
 MAX_DIM = 256
@@ -82,9 +84,29 @@ def gated_delta_rule_fwd(
     inputs: Inputs, initial_state: torch.Tensor | None, *, keeps_states: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, Chunks, States | None]:
     """Outputs, final states, and what the backward needs of the chunks, states if kept."""
-    chunks = prepare_chunks(inputs)
-    out, final, states = scan_outputs(inputs, chunks, initial_state, keeps_states=keeps_states)
-    return out, final, chunks, states
+    _, num_heads, key_dim, value_dim = inputs.sizes
+    chunks = empty_chunks(inputs)
+    out = inputs.v.new_empty(inputs.v.shape)
+    states = empty_states(inputs) if keeps_states else None
+    parts = segments(inputs, chunks)
+    if len(parts) == 1:
+        before, after = initial_state, None
+        if initial_state is not None:
+            after = torch.empty_like(initial_state)
+    else:  # each segment leaves its state where the next one finds it
+        after = inputs.g.new_zeros(1, num_heads, key_dim, value_dim)
+        before = after if initial_state is None else after.copy_(initial_state)
+    chain = Chain(out.device, is_used=len(parts) > 1)
+    for part in parts:
+        prepare_slots(inputs, chunks, part.slots)
+        chain.follow()
+        # The next segment is prepared beside this scan, which should find free processors first.
+        chain.lead()
+        with chain.running():
+            own = (part.inputs(inputs), part.chunks(chunks))
+            scan(*own, before, out=out, final=after, states=states)
+    chain.lead()
+    return out, None if initial_state is None else after, chunks, states
 
 
 def _inputs(*tensors: torch.Tensor) -> Inputs:

@@ -177,38 +177,20 @@ class States(NamedTuple):
     change: torch.Tensor
 
 
-def scan_outputs(
-    inputs: Inputs,
-    chunks: Chunks,
-    initial_state: torch.Tensor | None,
-    *,
-    keeps_states: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, States | None]:
-    """Outputs [T, Hv, V]; final states [N, Hv, K, V] if there are initial ones; States if kept."""
-    assert inputs.q is not None
-    _, num_heads, _, value_dim = inputs.sizes
-    out = inputs.v.new_empty(inputs.v.shape[0], num_heads, value_dim)
-    final = None if initial_state is None else torch.empty_like(initial_state)
-    states = _empty_states(inputs) if keeps_states else None
-    start = "zero" if initial_state is None else "given"
-    _launch(inputs, chunks, start, initial_state, out=out, final=final, states=states)
-    return out, final, states
-
-
-def scan_states(inputs: Inputs, chunks: Chunks, initial_state: torch.Tensor | None) -> States:
-    """The pass for `States` alone."""
-    states = _empty_states(inputs)
-    start = "zero" if initial_state is None else "given"
-    _launch(inputs, chunks, start, initial_state, states=states)
-    return states
-
-
-def _empty_states(inputs: Inputs) -> States:
+def empty_states(inputs: Inputs) -> States:
+    """Memory that `scan` fills."""
     _, num_heads, key_dim, value_dim = inputs.sizes
     return States(
         inputs.v.new_empty(inputs.num_slots, num_heads, key_dim, value_dim),
         inputs.v.new_empty(inputs.v.shape[0], num_heads, value_dim),
     )
+
+
+def scan_states(inputs: Inputs, chunks: Chunks, initial_state: torch.Tensor | None) -> States:
+    """The pass for `States` alone."""
+    states = empty_states(inputs)
+    scan(inputs, chunks, initial_state, states=states)
+    return states
 
 
 def scan_summary(inputs: Inputs, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,24 +199,31 @@ def scan_summary(inputs: Inputs, chunks: Chunks) -> tuple[torch.Tensor, torch.Te
     shape = (inputs.num_seqs, num_heads, key_dim)
     through = inputs.g.new_empty(*shape, key_dim)
     written = inputs.g.new_empty(*shape, value_dim)
-    _launch(inputs, chunks, "identity", None, final=through)
-    _launch(inputs, chunks, "zero", None, final=written)
+    scan(inputs, chunks, None, final=through, is_from_identity=True)
+    scan(inputs, chunks, None, final=written)
     return through, written
 
 
-def _launch(
+def scan(
     inputs: Inputs,
     chunks: Chunks,
-    start: str,
     initial_state: torch.Tensor | None,
     *,
+    is_from_identity: bool = False,
     out: torch.Tensor | None = None,
     final: torch.Tensor | None = None,
     states: States | None = None,
 ) -> None:
+    """Carry the state through the chunks, from zero if none is given, and fill what is given.
+
+    out: outputs [T, Hv, V]; final: states after each sequence [N, Hv, K, V], fp32, which may be
+    initial_state itself; is_from_identity: start from the identity and take values to be zero.
+    """
     if out is not None and states is None and kernels(inputs)[0] == "gluon":
         gluon_fwd.scan_gluon(inputs, chunks, initial_state, out, final)
         return
+    start = "zero" if initial_state is None else "given"
+    start = "identity" if is_from_identity else start
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
     columns = key_dim if start == "identity" else value_dim
     width, num_stages = value_block(inputs, columns)
