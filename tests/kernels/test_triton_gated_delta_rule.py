@@ -9,7 +9,6 @@ from tests.kernels.triton_env import DEVICE, HALF, IS_INTERPRETED, error
 pytest.importorskip("triton")
 
 from qnext.kernels.gated_delta_rule import (
-    triton_bwd,
     triton_chunks,
     triton_fwd,
     triton_scan,
@@ -125,38 +124,47 @@ def test_states_kept_by_the_forward_give_the_gradients_of_states_computed_again(
 
 
 def _whole_and_segmented(monkeypatch, inputs, bounds, has_state, length):
-    """Results without and with segments of `length` tokens, for tokens before the bounds' end."""
+    """Without gradients: outputs before the bounds' end and final state, in one piece and cut."""
     found = []
-    for threshold in (1 << 30, 1):
-        monkeypatch.setattr(triton_segments, "SEGMENTED_TOKENS", threshold)
-        monkeypatch.setattr(triton_segments, "SHORTEST_SEGMENT", length)
-        results = _results(gated_delta_rule_triton, inputs, bounds, has_state)
-        num_tokens = inputs[0].shape[0]
-        found.append([x[: bounds[-1]] if x.shape[0] == num_tokens else x for x in results])
+    for tokens in (1 << 30, length):
+        monkeypatch.setattr(triton_segments, "SEGMENT_TOKENS", tokens)
+        with torch.no_grad():
+            state = inputs[5] if has_state else None
+            out, final = gated_delta_rule_triton(
+                *inputs[:5], cu_seqlens=bounds, initial_state=state
+            )
+        assert (final is not None) == has_state
+        found.append([out[: bounds[-1]], *([final] if has_state else [])])
     return found
 
 
 @pytest.mark.parametrize("has_state", [True, False])
-@pytest.mark.parametrize("end", [300, 120, 128])
-def test_segments_change_no_bit(monkeypatch, end, has_state):
+@pytest.mark.parametrize("end, lengths", [(300, [128, 128, 44]), (120, [120, 0, 0])])
+def test_segments_change_no_bit(monkeypatch, end, lengths, has_state):
     monkeypatch.setattr(triton_segments, "STEP", 64)
     inputs, _ = _inputs((1, 2, 16, 16), (300,), 0.05, torch.float32)
-    bounds = _bounds((end,))
+    given = inputs[5].clone()
     table = triton_segments.segments
-    lengths = []
+    seen = []
 
     def segments(*args):
         parts = table(*args)
-        lengths.append([(part.cu_seqlens[1] - part.cu_seqlens[0]).item() for part in parts])
+        seen.append([(part.cu_seqlens[1] - part.cu_seqlens[0]).item() for part in parts])
         return parts
 
-    for module in (triton_fwd, triton_bwd):
-        monkeypatch.setattr(module, "segments", segments)
-    whole, cut = _whole_and_segmented(monkeypatch, inputs, bounds, has_state, 128)
-    expected = {300: [128, 128, 44], 120: [120, 0, 0], 128: [128, 0, 0]}[end]
-    assert lengths == [[end], [end], expected, expected]
+    monkeypatch.setattr(triton_fwd, "segments", segments)
+    whole, cut = _whole_and_segmented(monkeypatch, inputs, _bounds((end,)), has_state, 100)
+    assert seen == [[], lengths]
     for a, b in zip(whole, cut, strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(inputs[5], given)
+
+
+def test_gradients_after_a_forward_in_segments_are_those_of_the_recurrence(monkeypatch):
+    monkeypatch.setattr(triton_fwd, "KEEP_STATES_TOKENS", 1)
+    monkeypatch.setattr(triton_segments, "SEGMENT_TOKENS", 64)
+    monkeypatch.setattr(triton_segments, "STEP", 64)
+    _check(*_inputs((1, 2, 16, 16), (200,), 0.05, torch.float32), LIMITS[torch.float32])
 
 
 @pytest.mark.parametrize(
@@ -356,27 +364,18 @@ def test_a_long_sequence_gives_the_same_bits_each_time():
 @pytest.mark.gpu
 @pytest.mark.parametrize("has_state", [True, False])
 def test_segments_of_flagship_heads_change_no_bit(monkeypatch, has_state):
-    inputs, _ = _inputs(FLAGSHIP, (9000,), 0.02, HALF, alike=0.1)
-    bounds = _bounds((8500,))
-    for _ in range(3):  # on streams that run side by side
-        whole, cut = _whole_and_segmented(monkeypatch, inputs, bounds, has_state, 1024)
-        for a, b in zip(whole, cut, strict=True):
-            assert torch.equal(a, b)
-    with torch.no_grad():
-        state = inputs[5] if has_state else None
-        outs = []
-        for threshold in (1 << 30, 1):
-            monkeypatch.setattr(triton_segments, "SEGMENTED_TOKENS", threshold)
-            outs.append(
-                gated_delta_rule_triton(*inputs[:5], cu_seqlens=bounds, initial_state=state)
-            )
-    assert torch.equal(outs[0][0][:8500], outs[1][0][:8500])
-    assert not has_state or torch.equal(outs[0][1], outs[1][1])
+    inputs, _ = _inputs(FLAGSHIP, (19000,), 0.02, HALF, alike=0.1)
+    for end in (19000, 18000, 5000):  # on streams that run side by side
+        bounds = _bounds((end,))
+        for length in (8192, 1024):
+            whole, cut = _whole_and_segmented(monkeypatch, inputs, bounds, has_state, length)
+            for a, b in zip(whole, cut, strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
 def test_a_graph_of_segments_replays_with_other_bounds():
-    inputs, bounds = _inputs(FLAGSHIP, (9000,), 0.02, HALF, alike=0.1)
+    inputs, bounds = _inputs(FLAGSHIP, (17000,), 0.02, HALF, alike=0.1)
 
     def run():
         return gated_delta_rule_triton(*inputs[:5], cu_seqlens=bounds, initial_state=inputs[5])
@@ -386,10 +385,10 @@ def test_a_graph_of_segments_replays_with_other_bounds():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, final = run()
-    bounds.copy_(_bounds((5000,)))
+    bounds.copy_(_bounds((12000,)))
     graph.replay()
     expected, expected_final = run()
-    assert torch.equal(out[:5000], expected[:5000])
+    assert torch.equal(out[:12000], expected[:12000])
     assert torch.equal(final, expected_final)
 
 

@@ -19,6 +19,7 @@ from qnext.kernels.gated_delta_rule.gluon_tiles import copy_decay, copy_rows, hi
 from qnext.kernels.gated_delta_rule.triton_chunks import Chunks, Inputs
 
 STAGES = 3  # chunks in shared memory: one at work, two on their way
+OUT_TILES = 6  # with the chunks, nearly all shared memory that a program may have
 COLUMNS = 64  # of values in a program, the rows of a product: 16 for each of 4 warps
 
 
@@ -98,6 +99,7 @@ def gated_delta_rule_gluon_fwd_kernel(
     HV: gl.constexpr,
     V: gl.constexpr,
     STAGES: gl.constexpr,
+    OUT_TILES: gl.constexpr,
     HAS_START: gl.constexpr,
     HAS_FINAL: gl.constexpr,
 ) -> None:
@@ -129,7 +131,8 @@ def gated_delta_rule_gluon_fwd_kernel(
 
     tiles = chunk_tiles(dtype, STAGES)
     s_k, s_q, s_v, s_inverse, s_scores, _, s_decay = tiles
-    s_out = gl.allocate_shared_memory(dtype, [BT, 64], TILE)  # outputs on their way out
+    # Outputs on their way out; more than one tile only keeps other programs off this processor.
+    s_out = gl.allocate_shared_memory(dtype, [OUT_TILES, BT, 64], TILE).index(0)
 
     o_v = gl.arange(0, 64, gl.SliceLayout(1, STATE))[:, None]
     o_k = gl.arange(0, K, gl.SliceLayout(0, STATE))[None, :]
@@ -208,8 +211,13 @@ def scan_gluon(
     initial_state: torch.Tensor | None,
     out: torch.Tensor,
     final: torch.Tensor | None,
+    *,
+    is_alone: bool,
 ) -> None:
-    """Launch the scan, which writes out and, if it is given, final."""
+    """Launch the scan, which writes out and, if it is given, final.
+
+    is_alone: no program of another kernel shares a processor with this one's.
+    """
     num_key_heads, num_heads, _, value_dim = inputs.sizes
     q, k, v = inputs.q, inputs.k, inputs.v
     assert q is not None, "outputs without queries"
@@ -227,6 +235,7 @@ def scan_gluon(
         HV=num_heads,
         V=value_dim,
         STAGES=STAGES,
+        OUT_TILES=OUT_TILES if is_alone else 1,
         HAS_START=initial_state is not None,
         HAS_FINAL=final is not None,
         num_warps=4,

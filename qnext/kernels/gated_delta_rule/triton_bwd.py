@@ -3,8 +3,6 @@
 The derivation, with the names used here, is in this folder's README.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,6 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     product,
 )
 from qnext.kernels.gated_delta_rule.triton_scan import States, scan_states, value_block
-from qnext.kernels.gated_delta_rule.triton_segments import Chain, segments
 
 HEADS = 16  # heads of one program of the last kernel
 
@@ -355,115 +352,10 @@ def gated_delta_rule_bwd(
     kept: what the forward kept of the pass over the chunks; without it, the pass runs again.
     """
     assert inputs.q is not None
-    num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
-    num_slots, new_gates = inputs.num_slots, inputs.g.new_empty
-    width = min(block_size(key_dim), 16 if inputs.is_fp32 else 64)
-    parts_k = -(-key_dim // width)
-    made = Gradients(
-        inputs.q.new_empty(inputs.q.shape),
-        inputs.k.new_empty(inputs.k.shape),
-        inputs.v.new_empty(inputs.v.shape),
-        inputs.v.new_empty(num_slots, num_heads, key_dim, value_dim),
-        inputs.k.new_empty(num_slots, num_key_heads, 2, CHUNK, CHUNK),
-        new_gates(2, num_slots, num_heads, 2, CHUNK),
-        new_gates(parts_k, num_slots, num_heads, 4, CHUNK),
-    )
-    parts = segments(inputs, chunks)
-    if len(parts) == 1:
-        dafter, dbefore = dfinal, None if dfinal is None else torch.empty_like(dfinal)
-    else:  # each segment leaves its state's gradient where the one before it finds it
-        dbefore = new_gates(1, num_heads, key_dim, value_dim).zero_()
-        dafter = dbefore if dfinal is None else dbefore.copy_(dfinal)
-    chain = Chain(dout.device, is_used=len(parts) > 1)
-    chain.follow()
-    states = kept or scan_states(inputs, chunks, initial_state)
-    for part in reversed(parts):
-        with chain.running():
-            own = (part.inputs(inputs), part.chunks(chunks))
-            _state_gradients(*own, dout, dafter, dbefore, made)
-        chain.lead()
-        _chunk_gradients(inputs, chunks, part.slots, states, dout, made, width)
-    dg, dbeta = new_gates(inputs.g.shape), new_gates(inputs.g.shape)
-    heads = min(HEADS, triton.next_power_of_2(num_heads))
-    gated_delta_rule_bwd_gates_kernel[(num_slots * triton.cdiv(num_heads, heads),)](
-        *(inputs.beta, made.sums, made.parts, chunks.table, dg, dbeta, num_slots),
-        Hv=num_heads,
-        NK=parts_k,
-        BT=CHUNK,
-        BH=heads,
-    )
-    return made.dq, made.dk, made.dv, dg, dbeta, None if dfinal is None else dbefore
-
-
-class Gradients(NamedTuple):
-    """What the backward's kernels fill.
-
-    Attributes:
-        dq, dk, dv: as q, k, v
-        dstates: of the states after each chunk. [slots, Hv, K, V], dtype of v
-        dscores: of q k^T and of k k^T, times beta. [slots, Hk, 2, 64, 64], dtype of k
-        sums: row and column sums of both. [2, slots, Hv, 2, 64], fp32
-        parts: what the states give to beta and G, per block of columns of a key.
-            [blocks, slots, Hv, 4, 64], fp32
-    """
-
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
-    dstates: torch.Tensor
-    dscores: torch.Tensor
-    sums: torch.Tensor
-    parts: torch.Tensor
-
-
-def _state_gradients(
-    inputs: Inputs,
-    chunks: Chunks,
-    dout: torch.Tensor,
-    dafter: torch.Tensor | None,
-    dbefore: torch.Tensor | None,
-    made: Gradients,
-) -> None:
-    """dv, dstates and, from the final states' gradient dafter, that of the initial ones."""
-    assert inputs.q is not None
-    num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
-    width, num_stages = value_block(inputs, value_dim)
-    unused = (made.dv, made.dv)  # pointers that the kernel never follows
-    edges = unused if dafter is None else (dafter, dbefore)
-    gated_delta_rule_bwd_state_kernel[(-(-value_dim // width) * num_heads * inputs.num_seqs,)](
-        *(inputs.q, inputs.k, dout, chunks.inverse, chunks.scores, chunks.decay),
-        *(inputs.cu_seqlens, chunks.first, edges[0], made.dv, made.dstates, edges[1]),
-        *(inputs.q.stride(0), inputs.k.stride(0)),
-        Hk=num_key_heads,
-        Hv=num_heads,
-        K=key_dim,
-        V=value_dim,
-        BT=CHUNK,
-        BK=block_size(key_dim),
-        BV=width,
-        HAS_STATE=dafter is not None,
-        IS_FP32=inputs.is_fp32,
-        num_warps=4,
-        num_stages=num_stages,
-    )
-
-
-def _chunk_gradients(
-    inputs: Inputs,
-    chunks: Chunks,
-    slots: slice,
-    states: States,
-    dout: torch.Tensor,
-    made: Gradients,
-    width: int,
-) -> None:
-    """dscores, sums, parts, dq and dk of some slots; width: columns of a key in one program."""
-    assert inputs.q is not None
     q, k = inputs.q, inputs.k
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
-    columns, num_programs = block_size(value_dim), num_key_heads * (slots.stop - slots.start)
-    table, decay, dscores = chunks.table[slots], chunks.decay[slots], made.dscores[slots]
-    strides = (q.stride(0), k.stride(0), inputs.num_slots)
+    num_slots = inputs.num_slots
+    columns = block_size(value_dim)
     sizes = {
         "Hk": num_key_heads,
         "Hv": num_heads,
@@ -472,19 +364,71 @@ def _chunk_gradients(
         "BT": CHUNK,
         "IS_FP32": inputs.is_fp32,
         "num_warps": 4,  # with more, a wait for products does not hold back other warps' stores
-        "num_stages": 1 if inputs.is_fp32 else 3,
     }
-    gated_delta_rule_bwd_scores_kernel[(2 * num_programs,)](
-        *(q, k, inputs.beta, dout, made.dv, states.change, decay, table),
-        *(dscores, made.sums[:, slots.start :], *strides),
+    strides = (q.stride(0), k.stride(0))
+    states, change = kept or scan_states(inputs, chunks, initial_state)
+    dv, dstates, dinitial = _state_gradients(inputs, chunks, dout, dfinal)
+
+    # Of q k^T and of k k^T.
+    dscores = k.new_empty(num_slots, num_key_heads, 2, CHUNK, CHUNK)
+    sums = inputs.g.new_empty(2, num_slots, num_heads, 2, CHUNK)
+    gated_delta_rule_bwd_scores_kernel[(2 * num_key_heads * num_slots,)](
+        *(q, k, inputs.beta, dout, dv, change, chunks.decay, chunks.table, dscores, sums),
+        *(*strides, num_slots),
         BK=block_size(key_dim),
         BV=columns,
+        num_stages=1 if inputs.is_fp32 else 3,
         **sizes,
     )
-    gated_delta_rule_bwd_key_kernel[(made.parts.shape[0] * num_programs,)](
-        *(q, k, dout, made.dv, states.change, states.before[slots], made.dstates[slots]),
-        *(dscores, decay, table, made.dq, made.dk, made.parts[:, slots.start :], *strides),
+    width = min(block_size(key_dim), 16 if inputs.is_fp32 else 64)
+    parts_k = -(-key_dim // width)
+    parts = inputs.g.new_empty(parts_k, num_slots, num_heads, 4, CHUNK)
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    gated_delta_rule_bwd_key_kernel[(parts_k * num_key_heads * num_slots,)](
+        *(q, k, dout, dv, change, states, dstates, dscores, chunks.decay, chunks.table),
+        *(dq, dk, parts, *strides, num_slots),
         BK=width,
         BV=min(columns, 64),
+        num_stages=1 if inputs.is_fp32 else 3,
         **sizes,
     )
+    dg, dbeta = inputs.g.new_empty(inputs.g.shape), inputs.g.new_empty(inputs.g.shape)
+    heads = min(HEADS, triton.next_power_of_2(num_heads))
+    gated_delta_rule_bwd_gates_kernel[(num_slots * triton.cdiv(num_heads, heads),)](
+        *(inputs.beta, sums, parts, chunks.table, dg, dbeta, num_slots),
+        Hv=num_heads,
+        NK=parts_k,
+        BT=CHUNK,
+        BH=heads,
+    )
+    return dq, dk, dv, dg, dbeta, dinitial
+
+
+def _state_gradients(
+    inputs: Inputs, chunks: Chunks, dout: torch.Tensor, dfinal: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dV, gradients of the states after each chunk [slots, Hv, K, V], and of the initial ones."""
+    assert inputs.q is not None
+    num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
+    width, num_stages = value_block(inputs, value_dim)
+    dv = inputs.v.new_empty(inputs.v.shape)
+    dstates = inputs.v.new_empty(inputs.num_slots, num_heads, key_dim, value_dim)
+    dinitial = None if dfinal is None else torch.empty_like(dfinal)
+    edges = (dv, dv) if dfinal is None else (dfinal, dinitial)
+    gated_delta_rule_bwd_state_kernel[(-(-value_dim // width) * num_heads * inputs.num_seqs,)](
+        *(inputs.q, inputs.k, dout, chunks.inverse, chunks.scores, chunks.decay),
+        *(inputs.cu_seqlens, chunks.first, edges[0], dv, dstates, edges[1]),
+        *(inputs.q.stride(0), inputs.k.stride(0)),
+        Hk=num_key_heads,
+        Hv=num_heads,
+        K=key_dim,
+        V=value_dim,
+        BT=CHUNK,
+        BK=block_size(key_dim),
+        BV=width,
+        HAS_STATE=dfinal is not None,
+        IS_FP32=inputs.is_fp32,
+        num_warps=4,
+        num_stages=num_stages,
+    )
+    return dv, dstates, dinitial

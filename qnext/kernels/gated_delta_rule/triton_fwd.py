@@ -17,7 +17,7 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     token_rows,
 )
 from qnext.kernels.gated_delta_rule.triton_scan import States, empty_states, scan
-from qnext.kernels.gated_delta_rule.triton_segments import Chain, segments
+from qnext.kernels.gated_delta_rule.triton_segments import Chain, Segment, segments
 from qnext.kernels.graph_ops import graph_op
 
 MAX_DIM = 256
@@ -84,29 +84,43 @@ def gated_delta_rule_fwd(
     inputs: Inputs, initial_state: torch.Tensor | None, *, keeps_states: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, Chunks, States | None]:
     """Outputs, final states, and what the backward needs of the chunks, states if kept."""
-    _, num_heads, key_dim, value_dim = inputs.sizes
     chunks = empty_chunks(inputs)
     out = inputs.v.new_empty(inputs.v.shape)
+    # A scan that writes states out fills its processors; beside it others slow it down.
+    parts = [] if keeps_states else segments(inputs, chunks)
+    if parts:
+        state = _scan_segments(inputs, chunks, parts, initial_state, out)
+        return out, None if initial_state is None else state, chunks, None
+    prepare_slots(inputs, chunks, slice(0, inputs.num_slots))
     states = empty_states(inputs) if keeps_states else None
-    parts = segments(inputs, chunks)
-    if len(parts) == 1:
-        before, after = initial_state, None
-        if initial_state is not None:
-            after = torch.empty_like(initial_state)
-    else:  # each segment leaves its state where the next one finds it
-        after = inputs.g.new_zeros(1, num_heads, key_dim, value_dim)
-        before = after if initial_state is None else after.copy_(initial_state)
-    chain = Chain(out.device, is_used=len(parts) > 1)
+    final = None if initial_state is None else torch.empty_like(initial_state)
+    scan(inputs, chunks, initial_state, out=out, final=final, states=states)
+    return out, final, chunks, states
+
+
+def _scan_segments(
+    inputs: Inputs,
+    chunks: Chunks,
+    parts: list[Segment],
+    initial_state: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Fill out, preparing each segment beside the scan of the one before; returns the last state."""
+    _, num_heads, key_dim, value_dim = inputs.sizes
+    state = inputs.g.new_zeros(1, num_heads, key_dim, value_dim)
+    if initial_state is not None:
+        state.copy_(initial_state)
+    chain = Chain(out.device)
     for part in parts:
         prepare_slots(inputs, chunks, part.slots)
         chain.follow()
-        # The next segment is prepared beside this scan, which should find free processors first.
+        # The next segment waits for the last scan, so that this one finds free processors first.
         chain.lead()
         with chain.running():
             own = (part.inputs(inputs), part.chunks(chunks))
-            scan(*own, before, out=out, final=after, states=states)
+            scan(*own, state, out=out, final=state, is_alone=True)
     chain.lead()
-    return out, None if initial_state is None else after, chunks, states
+    return state
 
 
 def _inputs(*tensors: torch.Tensor) -> Inputs:

@@ -210,6 +210,7 @@ def scan(
     initial_state: torch.Tensor | None,
     *,
     is_from_identity: bool = False,
+    is_alone: bool = False,
     out: torch.Tensor | None = None,
     final: torch.Tensor | None = None,
     states: States | None = None,
@@ -217,10 +218,11 @@ def scan(
     """Carry the state through the chunks, from zero if none is given, and fill what is given.
 
     out: outputs [T, Hv, V]; final: states after each sequence [N, Hv, K, V], fp32, which may be
-    initial_state itself; is_from_identity: start from the identity and take values to be zero.
+    initial_state itself; is_from_identity: start from the identity and take values to be zero;
+    is_alone: share no processor with other kernels, where the scan's own kernel can see to that.
     """
     if out is not None and states is None and kernels(inputs)[0] == "gluon":
-        gluon_fwd.scan_gluon(inputs, chunks, initial_state, out, final)
+        gluon_fwd.scan_gluon(inputs, chunks, initial_state, out, final, is_alone=is_alone)
         return
     start = "zero" if initial_state is None else "given"
     start = "identity" if is_from_identity else start

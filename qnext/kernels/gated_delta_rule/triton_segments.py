@@ -1,7 +1,6 @@
-"""One long sequence in segments: what all chunks do at once runs beside the pass over the chunks.
+"""One long sequence in segments, each prepared beside the scan of the one before it.
 
-The pass that carries the state waits for itself and leaves most of a GPU idle. Here it takes a
-segment on a stream of its own while the other kernels work on the next one.
+The scan that carries the state of one sequence waits for itself and leaves half of a GPU idle.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -13,12 +12,11 @@ import triton.language as tl
 
 from qnext.kernels.gated_delta_rule.triton_chunks import CHUNK, Chunks, Inputs
 
-# Tokens from which a single sequence is cut, and how many segments it then has at most.
-SEGMENTED_TOKENS = 4096
-SEGMENTS = 8
-# Tokens of the shortest segment; all are multiples of STEP. Aligned pointers into the tables of
-# slots and segments keep kernels from compiling twice.
-SHORTEST_SEGMENT = 1024
+# Tokens of a segment: a handful of microseconds pass between two. Longer sequences have more of
+# them, shorter ones none.
+SEGMENT_TOKENS = 8192
+# They are multiples of STEP tokens and a table's rows have ROW numbers: aligned pointers into the
+# tables of slots and segments keep kernels from compiling twice.
 STEP = 4 * CHUNK
 ROW = 8
 
@@ -45,12 +43,12 @@ def segment_table_kernel(
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of chunks of the only sequence, or all chunks of all sequences.
+    """A stretch of chunks of the only sequence.
 
     Attributes:
         slots: its slots
-        cu_seqlens: its first token and its end; all bounds. [2] or [N + 1], int32
-        first: its first slot; that of each sequence. [1] or [N], int32
+        cu_seqlens: its first token and its end. [2], int32
+        first: its first slot. [1], int32
     """
 
     slots: slice
@@ -67,27 +65,28 @@ class Segment:
 
 
 def segments(inputs: Inputs, chunks: Chunks) -> list[Segment]:
-    """The segments of one long sequence in order; several or short ones are one segment."""
+    """The segments of one long sequence, in order; none of a short one or of several."""
     num_tokens, num_slots = inputs.v.shape[0], inputs.num_slots
-    if inputs.num_seqs != 1 or num_tokens < SEGMENTED_TOKENS:
-        return [Segment(slice(0, num_slots), inputs.cu_seqlens, chunks.first)]
-    length = max(SHORTEST_SEGMENT, triton.cdiv(num_tokens, SEGMENTS * STEP) * STEP)
+    count = num_tokens // SEGMENT_TOKENS
+    if inputs.num_seqs != 1 or count < 2:
+        return []
+    length = triton.cdiv(num_tokens, count * STEP) * STEP
     count = triton.cdiv(num_tokens, length)
     table = chunks.table.new_empty(count, ROW)
     segment_table_kernel[(count,)](inputs.cu_seqlens, table, length, ROW=ROW, BT=CHUNK)
     slots = [length // CHUNK * idx for idx in range(count)] + [num_slots]
     return [
         Segment(slice(slots[idx], slots[idx + 1]), row[:2], row[ROW // 2 : ROW // 2 + 1])
-        for idx, row in enumerate(table)
+        for idx, row in enumerate(table.unbind())
     ]
 
 
 class Chain:
-    """A stream for the pass over the chunks beside the current one, or the current one itself."""
+    """A stream for the pass over the chunks, beside the current stream; on a CPU, none."""
 
-    def __init__(self, device: torch.device, *, is_used: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.main = self.stream = None
-        if is_used and device.type == "cuda":
+        if device.type == "cuda":
             self.main = torch.cuda.current_stream(device)
             key = (self.main.device.index, self.main.cuda_stream)
             if key not in _chains:
