@@ -31,6 +31,23 @@ def test_rows_choose_as_the_reference_with_its_gradients(sizes, is_normed):
     assert torch.equal(found[0][-1], found[1][-1])
 
 
+@pytest.mark.gpu
+def test_logits_of_16_bit_rows_are_equal_with_and_without_gradients():
+    torch.manual_seed(2)
+    x = torch.randn(300, 256, device=DEVICE, dtype=torch.bfloat16)
+    weight = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    expected = x.double() @ weight.double().t()
+    graph = torch.compile(router_triton, fullgraph=True)
+    trained = router_triton(x, weight, 4, True, False)
+    with torch.no_grad():
+        generated = router_triton(x, weight, 4, True, False)
+    for found in (trained, graph(x, weight, 4, True, False)):
+        assert error(found[2], expected) < 1e-5  # rounded they are 1e-3 off
+        assert all(torch.equal(a, b) for a, b in zip(found, generated, strict=True))
+    (grad,) = torch.autograd.grad(trained[2].square().sum(), weight)
+    assert error(grad, 2 * expected.t() @ x.double()) < 1e-2
+
+
 def test_equal_logits_go_to_the_lowest_ids():
     x = torch.ones(3, 8, device=DEVICE)
     weights, ids, _ = router_triton(x, torch.ones(20, 8, device=DEVICE), 4, True, False)

@@ -19,7 +19,8 @@ from qnext.kernels.gated_delta_rule.gluon_tiles import copy_decay, copy_rows, hi
 from qnext.kernels.gated_delta_rule.triton_chunks import Chunks, Inputs
 
 STAGES = 3  # chunks in shared memory: one at work, two on their way
-OUT_TILES = 6  # with the chunks, nearly all shared memory that a program may have
+# Of 64 x 64 outputs, for a scan beside other kernels: what more memory keeps off its processor.
+OUT_TILES = 3
 COLUMNS = 64  # of values in a program, the rows of a product: 16 for each of 4 warps
 
 

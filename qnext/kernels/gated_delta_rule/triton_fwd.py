@@ -105,7 +105,7 @@ def _scan_segments(
     initial_state: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Fill out, preparing each segment beside the scan of the one before; returns the last state."""
+    """Fill out, preparing each segment beside the scan before its own; returns the state."""
     _, num_heads, key_dim, value_dim = inputs.sizes
     state = inputs.g.new_zeros(1, num_heads, key_dim, value_dim)
     if initial_state is not None:

@@ -29,14 +29,34 @@ def router_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `router_reference`; equal logits go to the lowest id."""
     weight = weight.to(x.dtype)
-    is_traced = torch.compiler.is_compiling()
-    if x.dtype != torch.float32 and x.is_cuda and not torch.is_grad_enabled() and not is_traced:
-        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
-    else:
-        logits = (x @ weight.t()).float()
-    choose = router_fwd if is_traced else RouterFunction.apply  # the op has a gradient of its own
-    weights, ids = choose(logits, top_k, norm_topk_prob)
-    return weights, ids, logits
+    if torch.compiler.is_compiling():  # the ops have gradients of their own
+        logits = router_logits(x, weight)
+        return *router_fwd(logits, top_k, norm_topk_prob), logits
+    logits = LogitsFunction.apply(x, weight)
+    return *RouterFunction.apply(logits, top_k, norm_topk_prob), logits
+
+
+class LogitsFunction(torch.autograd.Function):
+    """x W^T in fp32, which autograd's own product of 16-bit rows would round.
+
+    Experts that nearly tie are then the same ones with gradients and without.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = router_logits(x, weight)
+        LogitsFunction.keep(ctx, (x, weight), logits)
+        return logits
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grad_logits.to(x.dtype)
+        return grad @ weight, grad.t() @ x
 
 
 class RouterFunction(torch.autograd.Function):
@@ -72,6 +92,23 @@ class RouterFunction(torch.autograd.Function):
             return torch.zeros_like(logits).scatter_(1, ids, weighted - weights * total), None, None
         grad = -logits.softmax(-1) * total
         return grad.scatter_add_(1, ids, weighted), None, None
+
+
+def _logits_shape(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@graph_op("router_logits", shapes=_logits_shape)
+def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [T, C] times weight [E, C], fp32: [T, E]. A CPU rounds to the dtype of x."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return (x @ weight.t()).float()
+
+
+torch.library.register_autograd(
+    "qnext::router_logits", LogitsFunction.backward, setup_context=LogitsFunction.keep
+)
 
 
 def _shapes(
