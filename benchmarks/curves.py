@@ -153,7 +153,7 @@ def compare(args: argparse.Namespace) -> list[Difference]:
     batches = make_batches(config, args.steps, num_tokens, 1, device)
     first, *others = args.backends
     curves: dict[tuple[str, str], list[float]] = {}
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         for name in (*args.backends, NUDGED):
             backend, nudge = (first, NUDGE) if name == NUDGED else (name, 0.0)
             curve = losses_of(config, batches, backend, dtype, device, nudge=nudge)
@@ -161,11 +161,11 @@ def compare(args: argparse.Namespace) -> list[Difference]:
             shown = ", ".join(f"{loss:.4f}" for loss in curve[:: args.every])
             print(f"{name}, {dtype}: {shown}", flush=True)
     found = []
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         for other in (*others, NUDGED):
             name = f"{first} and {other}, {dtype}"
             found.append(Difference.between(name, curves[first, dtype], curves[other, dtype]))
-    for backend in args.backends:
+    for backend in args.backends if len(args.dtypes) > 1 else ():
         name = f"{backend}: bfloat16 and float32"
         pair = (curves[backend, dtype] for dtype in reversed(DTYPES))
         found.append(Difference.between(name, *pair))
@@ -190,6 +190,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=(FASTEST, "reference", "torch", "triton"),
         help="the first is held against each of the others",
     )
+    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     add("--device", default="auto")
     add("--every", type=int, default=20, help="of the losses shown")
     add("--small", action="store_true", help="a tiny model, for a CPU")
