@@ -173,7 +173,8 @@ def compare(args: argparse.Namespace) -> list[Difference]:
         print(difference.line())
     rows = [vars(difference) for difference in found]
     record = {"steps": args.steps, "tokens": num_tokens, "device": str(device), "rows": rows}
-    print(json.dumps(record | {"torch": torch.__version__}))
+    named = {f"{name}, {dtype}": curve for (name, dtype), curve in curves.items()}
+    print(json.dumps(record | {"torch": torch.__version__, "losses": named}))
     return found
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(.*)")
 OUTCOME = re.compile(r"(\d+) passed")
+RUNS_KERNELS = "triton_env"  # what tests of Triton kernels take their device from
 FOUND = 3  # exit status of the sanitizer that tells its findings from a failed test
 
 
@@ -114,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_tests(options.run, options.real_sizes)
     if shutil.which("compute-sanitizer") is None:
         parser.error("compute-sanitizer is not on the PATH; it comes with CUDA's toolkit")
-    files = sorted((ROOT / "tests" / "kernels").glob("test_triton_*.py"))
+    tests = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    files = [file for file in tests if RUNS_KERNELS in file.read_text(encoding="utf-8")]
     wanted = options.files or [""]
     files = [file for file in files if any(part in file.name for part in wanted)]
     work = [(tool, file) for tool in options.tools for file in files]

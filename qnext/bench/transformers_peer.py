@@ -102,10 +102,17 @@ def _fastest(model: Any, cell: Cell, repeats: int, seconds: float) -> tuple[str,
     start = time.monotonic()
     is_decode = cell.kind == "decode"
     first: dict[str, float] = {}
+    failed = ""
     for name in DECODE_EXPERTS if is_decode else PREFILL_EXPERTS:
         if set_experts(model, name):
-            _rate(model, cell)  # warms up
-            first[name] = _rate(model, cell)
+            try:
+                _rate(model, cell)  # warms up
+                first[name] = _rate(model, cell)
+            except torch.OutOfMemoryError as problem:
+                failed = f"{name} experts: {str(problem).splitlines()[0]}"
+                free_memory(model.device)
+    if failed and not first:
+        raise torch.OutOfMemoryError(failed)
     best = max(first, key=lambda name: first[name], default="default")
     if first:
         set_experts(model, best)

@@ -29,6 +29,7 @@ from qnext.kernels.decode_step.reference import DecodeStep, WindowRows, decode_s
 from qnext.kernels.delta_inputs.reference import delta_inputs_reference
 from qnext.kernels.experts import torch as experts_torch_module
 from qnext.kernels.experts.reference import experts_reference
+from qnext.kernels.experts_shared import torch as shared_torch_module
 from qnext.kernels.experts_shared.reference import experts_shared_reference
 from qnext.kernels.fp8_blocks import DTYPE as EIGHT_BITS
 from qnext.kernels.gated_delta_rule import torch as delta_torch_module
@@ -329,11 +330,8 @@ attention_inputs = Op(
     attention_inputs_reference,
     (_triton_kernel("attention_inputs", _GPU_ROWS, in_graphs=True),),
 )
-sigmoid_gate = Op(
-    "sigmoid_gate",
-    sigmoid_gate_reference,
-    (_triton_kernel("sigmoid_gate", _GPU_ROWS, in_graphs=True),),
-)
+_sigmoid_gate_kernel = _triton_kernel("sigmoid_gate", _GPU_ROWS, in_graphs=True)
+sigmoid_gate = Op("sigmoid_gate", sigmoid_gate_reference, (_sigmoid_gate_kernel,))
 silu_mul = Op(
     "silu_mul", silu_mul_reference, (_triton_kernel("silu_mul", _GPU_ROWS, in_graphs=True),)
 )
@@ -393,7 +391,10 @@ router_stats = Op(
 experts_shared = Op(
     "experts_shared",
     experts_shared_reference,
-    (_triton_kernel("experts_shared", _GPU_ROWS, in_graphs=True),),
+    (
+        _triton_kernel("experts_shared", _GPU_ROWS, in_graphs=True),
+        *_torch_kernel(shared_torch_module, "experts_shared", "as experts"),
+    ),
 )
 gated_delta_window = Op("gated_delta_window", gated_delta_window_reference)
 experts = Op(

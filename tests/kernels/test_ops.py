@@ -14,6 +14,8 @@ from qnext.kernels.causal_conv1d.reference import causal_conv1d_reference
 from qnext.kernels.causal_conv1d_window.reference import causal_conv1d_window_reference
 from qnext.kernels.experts.reference import experts_reference
 from qnext.kernels.experts.torch import experts_torch, supports
+from qnext.kernels.experts_shared.reference import experts_shared_reference
+from qnext.kernels.experts_shared.torch import experts_shared_torch
 from qnext.kernels.linear.reference import linear_reference
 from qnext.kernels.linear.torch import linear_torch
 from qnext.kernels.paged_attention.reference import CachedRows, paged_attention_reference
@@ -22,19 +24,25 @@ from qnext.kernels.rotary.reference import rotary_reference
 from qnext.kernels.router.reference import router_reference
 
 
+@pytest.mark.parametrize("has_shared", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 7, 50])
-def test_grouped_experts_give_output_and_gradients_of_the_loop(num_tokens):
+def test_grouped_experts_give_output_and_gradients_of_the_loop(num_tokens, has_shared):
     torch.manual_seed(num_tokens)
     x = torch.randn(num_tokens, 32, requires_grad=True)
     gate_up = torch.randn(12, 16, 32, requires_grad=True)
     down = torch.randn(12, 32, 8, requires_grad=True)
     weights, ids = torch.rand(num_tokens, 12).topk(3)
     weights.requires_grad_()
-    inputs = (x, gate_up, down, weights)
+    shared = torch.randn(num_tokens, 32, requires_grad=True)
+    gate = torch.randn(num_tokens, 1, requires_grad=True)
+    added = (shared, gate) if has_shared else ()
+    inputs = (x, gate_up, down, weights, *added)
     goal = torch.randn(num_tokens, 32)
+    grouped = experts_shared_torch if has_shared else experts_torch
+    loop = experts_shared_reference if has_shared else experts_reference
     results = []
-    for function in (experts_torch, experts_reference):
-        out = function(*inputs, ids)
+    for function in (grouped, loop):
+        out = function(x, gate_up, down, weights, ids, *added)
         results.append([out, *torch.autograd.grad((out * goal).sum(), inputs)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -156,7 +164,7 @@ def test_a_backend_that_is_unknown_or_absent_is_refused_by_name():
 
 def test_a_backend_named_for_the_model_lists_the_ops_that_lack_it():
     with dispatch.use_backend("torch") as bound:
-        assert bound["gated_delta_rule"] == "torch"
+        assert bound["gated_delta_rule"] == bound["experts_shared"] == "torch"
         assert bound["rms_norm"] == "reference"
     assert {choice.op for choice in dispatch.backend_report()} == set(dispatch.OPS)
 
