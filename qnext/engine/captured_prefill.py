@@ -6,6 +6,7 @@ length and its places in the cache lie in tensors, and the rows that fill it up 
 sequence: their keys go to a page that nobody reads.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from qnext.kernels.fp8_blocks import addresses_of
 from qnext.model.batch import CacheInputs, ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.device import upload
+
+_logger = logging.getLogger(__name__)
 
 MAX_ROWS = 6144  # above, the device is the slower of the two
 STEP = 64
@@ -99,6 +102,7 @@ class CapturedPrefill:
 
     def __init__(self, model: Qwen3Next, cache: HybridCache) -> None:
         self.model, self.cache = model, cache
+        self.is_capturing = model.device.type == "cuda"
         self._prompts: dict[int, _Prompt] = {}
         self._num_passes: Counter[int] = Counter()
         self._pool: Any = None
@@ -131,7 +135,7 @@ class CapturedPrefill:
         prompt = self._prompts.get(num_rows) or self._add(num_rows)
         self._send(prompt, request)
         self._num_passes[num_rows] += 1
-        if prompt.graph is None and self._num_passes[num_rows] > 1:
+        if self.is_capturing and prompt.graph is None and self._num_passes[num_rows] > 1:
             self._capture(prompt)
         if prompt.graph is None:
             self._forward(prompt)
@@ -211,8 +215,19 @@ class CapturedPrefill:
         prompt.logits = self.model.compute_logits(last)
 
     def _capture(self, prompt: _Prompt) -> None:
-        if self.model.device.type != "cuda":
-            return
+        """Capture the pass, or give up capturing where memory is short: plain passes need less."""
+        try:
+            prompt.graph = self._record(prompt)
+        except torch.OutOfMemoryError as problem:
+            self.is_capturing = False  # graphs that there are stay in use
+            reason = str(problem).splitlines()[0]
+            _logger.warning(
+                "no more prompts are captured, %d tokens did not fit: %s",
+                prompt.token_ids.shape[0],
+                reason,
+            )
+
+    def _record(self, prompt: _Prompt) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # One pool for all: only one runs at a time, and what it leaves is held.
         if self._pool is None:
@@ -224,4 +239,4 @@ class CapturedPrefill:
             if not any(known.graph for known in self._prompts.values()):
                 self._pool = None
             raise
-        prompt.graph = graph
+        return graph

@@ -88,6 +88,28 @@ def test_what_fills_up_leaves_no_trace(num_tokens):
         torch.testing.assert_close(ours[:, own], theirs[:, own], atol=2e-5, rtol=1e-4)
 
 
+def test_without_memory_for_a_graph_prompts_go_on_uncaptured(monkeypatch, caplog):
+    prefill, request = CapturedPrefill(tiny_model(has_mtp=False), make_cache()), make_request(70)
+    refused = []
+
+    def record(prompt):
+        refused.append(prompt.token_ids.shape[0])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nMore words.")
+
+    monkeypatch.setattr(prefill, "is_capturing", True)
+    monkeypatch.setattr(prefill, "_record", record)
+    logits = []
+    with torch.inference_mode():
+        for _ in range(4):
+            prefill.cache.state_pool.reset(torch.tensor([2]))
+            logits.append(prefill.run(request)[1].clone())
+    assert all(torch.equal(again, logits[0]) for again in logits)
+    assert refused == [128]
+    (message,) = caplog.messages
+    assert "128 tokens did not fit: CUDA out of memory. Tried to allocate 3 GiB." in message
+    assert "More" not in message
+
+
 def test_a_part_of_a_prompt_and_several_prompts_are_not_taken():
     prefill = CapturedPrefill(tiny_model(has_mtp=False), make_cache())
     first, second = make_request(20), make_request(9)
