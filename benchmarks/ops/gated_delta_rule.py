@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.ops import checks
+from benchmarks.ops.timing import kernel_times
 from benchmarks.report import Measurement, Skipped, environment, print_report
 from qnext.kernels.gated_delta_rule.torch import gated_delta_rule_torch
 from qnext.kernels.gated_delta_rule.triton_fwd import gated_delta_rule_triton
@@ -213,6 +214,14 @@ def measure(
     return found, skipped
 
 
+def print_profile(lengths: Sequence[int]) -> None:
+    """Microseconds of each of our kernels, in every case."""
+    for case in cases(lengths):
+        print(f"\n{case.name}")
+        for name, launches, spent in kernel_times(runner(ours, case)):
+            print(f"{spent:10.1f} us  {launches:5.1f} launches  {name[:80]}")
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -223,7 +232,13 @@ def main() -> None:
         action="store_true",
         help="try fla's gradients too: minutes of compilation and tuning, and refused on Hopper",
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="the time of each of our kernels, nothing else"
+    )
     options = parser.parse_args()
+    if options.profile:
+        print_profile(options.lengths)
+        return
     found, skipped = measure(
         options.lengths, options.repeats, has_peer_backward=options.peer_backward
     )

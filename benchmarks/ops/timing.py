@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def graph_time(
@@ -53,3 +54,25 @@ def time_us(run: Callable[[], object], num_repeats: int, captures: bool) -> tupl
     torch.cuda.synchronize()
     pairs = zip(marks, marks[1:], strict=False)
     return tuple(1e3 * before.elapsed_time(after) for before, after in pairs)
+
+
+def kernel_times(run: Callable[[], object], num_runs: int = 10) -> list[tuple[str, float, float]]:
+    """Where a run's time goes: each kernel's name, launches and microseconds, longest first.
+
+    Kernels that run side by side count in full, so the sum may exceed the run's time. Without a
+    GPU, the operators of PyTorch.
+    """
+    on_gpu = torch.cuda.is_available()
+    for _ in range(3):
+        run()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        for _ in range(num_runs):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize()
+    found = []
+    for event in trace.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent > 0:
+            found.append((event.key, event.count / num_runs, spent / num_runs))
+    return sorted(found, key=lambda each: -each[2])

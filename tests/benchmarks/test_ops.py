@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from benchmarks.ops import adamw, elementwise, experts, rows_cases, rows_checks
 from benchmarks.ops.checks import largest_error, relative_error, require_right
 from benchmarks.ops.rows_checks import check_mixture, check_product
+from benchmarks.ops.timing import kernel_times
 from benchmarks.ops.tune_experts import compared, fastest
 from qnext.config.presets import preset
 from qnext.kernels.experts.torch import experts_torch
@@ -161,3 +162,12 @@ def test_a_tuner_leaves_out_tiles_with_another_result(monkeypatch, capsys):
     assert "not timed: 3" in capsys.readouterr().out
     parts = compared((ones, ones, torch.ones(3, 4)))
     assert parts[2].tolist() == [4, 4, 4]
+
+
+def test_a_profile_names_what_takes_the_time():
+    x = torch.randn(500, 500, device=DEVICE)
+    (name, launches, spent), *others = kernel_times(lambda: (x @ x).sum(), num_runs=4)
+    assert launches == 1
+    assert spent > 0
+    assert [each[2] for each in others] == sorted((each[2] for each in others), reverse=True)
+    assert any("sum" in key or "reduce" in key for key, _, _ in [(name, 0, 0), *others])
