@@ -12,9 +12,10 @@ from qnext.data.loader import PackedBatch, PackedLoader
 from qnext.model.batch import ForwardBatch
 from qnext.train.step import MicroBatch, shifted_targets
 
-# cu_seqlens has room for this many documents at least: most batches then share one shape, and
-# compiled layers are compiled once.
-MIN_SEGMENTS = 512
+# cu_seqlens has room for so many documents, or for a larger power of two: batches then have few
+# shapes, and layers are compiled a few times at most. Room that is not needed has a price too:
+# attention starts programs for each document, as many as the longest possible one needs.
+SEGMENT_COUNTS = (1, 8, 64, 512)
 # Steps made ready ahead of the one that runs.
 NUM_AHEAD = 2
 
@@ -40,12 +41,14 @@ class StepInput:
 def micro_batch(packed: PackedBatch, num_mtp_steps: int) -> MicroBatch:
     """Turn the loader's batch into the model's, with its targets.
 
-    cu_seqlens is filled up to MIN_SEGMENTS, or else to a power of two, with empty sequences, so
-    that the number of documents, which differs from batch to batch, seldom changes a shape.
+    cu_seqlens is filled up to one of SEGMENT_COUNTS, or else to a power of two, with empty
+    sequences, so that the number of documents, which differs from batch to batch, seldom changes a
+    shape.
     """
     bounds = packed.cu_seqlens.long()
     num_tokens = packed.token_ids.numel()
-    size = max(MIN_SEGMENTS, 1 << max(0, bounds.numel() - 2).bit_length())
+    count = bounds.numel() - 1
+    size = next((s for s in SEGMENT_COUNTS if s >= count), 1 << max(0, count - 1).bit_length())
     padded = torch.full((size + 1,), num_tokens, dtype=torch.int32)
     padded[: bounds.numel()] = packed.cu_seqlens
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())

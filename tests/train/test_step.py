@@ -35,6 +35,17 @@ def test_targets_stop_at_document_ends_and_leave_out_masked_tokens():
     ]
 
 
+@pytest.mark.parametrize(
+    "documents, room", [(1, 1), (2, 8), (8, 8), (9, 64), (400, 512), (513, 1024), (1024, 1024)]
+)
+def test_bounds_are_filled_up_with_empty_documents_to_one_of_few_sizes(documents, room):
+    micro = random_micro(1, (2,) * documents, 2 * documents)
+    bounds = micro.batch.cu_seqlens
+    assert bounds.shape == (room + 1,)
+    assert bounds[: documents + 1].tolist() == list(range(0, 2 * documents + 1, 2))
+    assert (bounds[documents:] == 2 * documents).all()
+
+
 def test_the_loss_and_gradients_are_those_written_out_plainly(monkeypatch):
     model = tiny_model()
     micro = random_micro(1, num_mtp_steps=2)
