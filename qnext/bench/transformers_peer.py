@@ -110,7 +110,7 @@ def _fastest(model: Any, cell: Cell, repeats: int, seconds: float) -> tuple[str,
                 first[name] = _rate(model, cell)
             except torch.OutOfMemoryError as problem:
                 failed = f"{name} experts: {str(problem).splitlines()[0]}"
-                free_memory(model.device)
+            free_memory(model.device)  # not before: the error holds what the call had
     if failed and not first:
         raise torch.OutOfMemoryError(failed)
     best = max(first, key=lambda name: first[name], default="default")

@@ -8,6 +8,7 @@ from torch import nn
 
 from qnext.config.model import ModelConfig
 from qnext.kernels import dispatch
+from qnext.kernels.experts_shared.reference import add_shared
 from qnext.model.batch import ForwardBatch
 from qnext.model.linear import fill_rows, project
 
@@ -85,11 +86,9 @@ class MixtureOfExperts(nn.Module):
         )
         routed = fill_rows(routed, x.shape[0])
         if self.has_shared:
-            wide = torch.promote_types(x.dtype, torch.float32)
             gate = project(x, self.shared_expert_gate, batch)
             shared = _swiglu(x, self.shared_gate_up, self.shared_down, batch)
-            mixed = routed.to(wide) + torch.sigmoid(gate.to(wide)) * shared.to(wide)
-            routed = mixed.to(x.dtype)
+            routed = add_shared(routed, shared, gate)
         return routed, None if batch.cache_inputs is not None else _stats(logits, ids)
 
 

@@ -48,7 +48,7 @@ def micro_batch(packed: PackedBatch, num_mtp_steps: int) -> MicroBatch:
     bounds = packed.cu_seqlens.long()
     num_tokens = packed.token_ids.numel()
     count = bounds.numel() - 1
-    size = next((s for s in SEGMENT_COUNTS if s >= count), 1 << max(0, count - 1).bit_length())
+    size = next((s for s in SEGMENT_COUNTS if s >= count), 1 << (count - 1).bit_length())
     padded = torch.full((size + 1,), num_tokens, dtype=torch.int32)
     padded[: bounds.numel()] = packed.cu_seqlens
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())

@@ -25,6 +25,13 @@ def experts_shared_reference(
         [T, C] in the dtype of x.
     """
     routed = experts_reference(x, gate_up, down, top_weights, top_ids)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    return add_shared(routed, shared, shared_gate)
+
+
+def add_shared(
+    routed: torch.Tensor, shared: torch.Tensor, shared_gate: torch.Tensor
+) -> torch.Tensor:
+    """routed + sigmoid(shared_gate) * shared, in fp32 at least and rounded once. [T, C]"""
+    wide = torch.promote_types(routed.dtype, torch.float32)
     gate = torch.sigmoid(shared_gate.to(wide))
-    return (routed.to(wide) + gate * shared.to(wide)).to(x.dtype)
+    return (routed.to(wide) + gate * shared.to(wide)).to(routed.dtype)

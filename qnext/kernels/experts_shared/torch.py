@@ -3,6 +3,7 @@
 import torch
 
 from qnext.kernels.experts import torch as experts
+from qnext.kernels.experts_shared.reference import add_shared
 
 
 def supports(
@@ -29,6 +30,4 @@ def experts_shared_torch(
 ) -> torch.Tensor:
     """As `experts_shared_reference`, with no loop over experts and no wait for the device."""
     routed = experts.experts_torch(x, gate_up, down, top_weights, top_ids)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gate = torch.sigmoid(shared_gate.to(wide))
-    return (routed.to(wide) + gate * shared.to(wide)).to(x.dtype)
+    return add_shared(routed, shared, shared_gate)

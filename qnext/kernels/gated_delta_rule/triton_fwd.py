@@ -13,6 +13,7 @@ from qnext.kernels.gated_delta_rule.triton_chunks import (
     Chunks,
     Inputs,
     empty_chunks,
+    prepare_chunks,
     prepare_slots,
     token_rows,
 )
@@ -84,14 +85,14 @@ def gated_delta_rule_fwd(
     inputs: Inputs, initial_state: torch.Tensor | None, *, keeps_states: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, Chunks, States | None]:
     """Outputs, final states, and what the backward needs of the chunks, states if kept."""
-    chunks = empty_chunks(inputs)
     out = inputs.v.new_empty(inputs.v.shape)
     # A scan that writes states out fills its processors; beside it others slow it down.
-    parts = [] if keeps_states else segments(inputs, chunks)
+    parts = [] if keeps_states else segments(inputs)
     if parts:
+        chunks = empty_chunks(inputs)
         state = _scan_segments(inputs, chunks, parts, initial_state, out)
         return out, None if initial_state is None else state, chunks, None
-    prepare_slots(inputs, chunks, slice(0, inputs.num_slots))
+    chunks = prepare_chunks(inputs)
     states = empty_states(inputs) if keeps_states else None
     final = None if initial_state is None else torch.empty_like(initial_state)
     scan(inputs, chunks, initial_state, out=out, final=final, states=states)

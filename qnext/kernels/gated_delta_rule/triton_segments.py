@@ -64,7 +64,7 @@ class Segment:
         return replace(whole, first=self.first)
 
 
-def segments(inputs: Inputs, chunks: Chunks) -> list[Segment]:
+def segments(inputs: Inputs) -> list[Segment]:
     """The segments of one long sequence, in order; none of a short one or of several."""
     num_tokens, num_slots = inputs.v.shape[0], inputs.num_slots
     count = num_tokens // SEGMENT_TOKENS
@@ -72,7 +72,7 @@ def segments(inputs: Inputs, chunks: Chunks) -> list[Segment]:
         return []
     length = triton.cdiv(num_tokens, count * STEP) * STEP
     count = triton.cdiv(num_tokens, length)
-    table = chunks.table.new_empty(count, ROW)
+    table = inputs.cu_seqlens.new_empty(count, ROW)
     segment_table_kernel[(count,)](inputs.cu_seqlens, table, length, ROW=ROW, BT=CHUNK)
     slots = [length // CHUNK * idx for idx in range(count)] + [num_slots]
     return [
