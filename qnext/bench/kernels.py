@@ -17,6 +17,7 @@ TESTS_FOLDER = Path("tests") / "kernels"
 # Measurements, modules of OPS_FOLDER, and the tests whose pass makes their numbers count.
 TESTS = {
     "adamw": ("adamw",),
+    "attention": ("ops",),
     "elementwise": (
         "triton_elementwise",
         "triton_delta_inputs",

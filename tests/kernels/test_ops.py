@@ -74,6 +74,47 @@ def test_attention_backends_agree_forward_and_backward():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("room", [1, 8])
+@pytest.mark.parametrize("num_tokens", [1, 515, 2048])
+def test_attention_of_one_document_agrees_on_a_gpu(num_tokens, room, is_deterministic):
+    generator = torch.Generator().manual_seed(num_tokens)
+    bounds = torch.tensor([0] + [num_tokens] * room, dtype=torch.int32)
+    drawn = [torch.randn(num_tokens, heads, 256, generator=generator) for heads in (16, 2, 2, 16)]
+    drawn = [x.bfloat16() for x in drawn]
+    results = []
+    for function, device, dtype in (
+        (attention_torch, "cuda", torch.bfloat16),
+        (attention_reference, "cuda", torch.float32),
+    ):
+        *inputs, goal = (x.to(device, dtype) for x in drawn)
+        inputs = [x.requires_grad_() for x in inputs]
+        torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            out = function(*inputs, bounds.to(device), num_tokens, 1 / 16)
+            results.append([out, *torch.autograd.grad(out, inputs, goal)])
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for ours, expected in zip(*results, strict=True):
+        error = (ours.float() - expected).norm() / expected.norm()
+        assert error < 1e-2 or (ours.float() - expected).abs().max() < 1e-2, error
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_attention_of_one_document_agrees_without_a_look_at_its_bounds(num_tokens):
+    torch.manual_seed(0)
+    inputs = [torch.randn(num_tokens, heads, 16, requires_grad=True) for heads in (6, 2, 2)]
+    bounds = torch.tensor([0, num_tokens], dtype=torch.int32)
+    goal = torch.randn(num_tokens, 6, 16)
+    results = []
+    for function, given in ((attention_torch, bounds.to("meta")), (attention_reference, bounds)):
+        out = function(*inputs, given, num_tokens, 0.3)
+        results.append([out, *torch.autograd.grad((out * goal).sum(), inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("row_stable", [False, True])
 def test_paged_attention_backends_agree_on_scattered_pages(row_stable):
     torch.manual_seed(0)
