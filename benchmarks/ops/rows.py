@@ -61,16 +61,12 @@ def bench_products(
 ) -> Iterable[Line]:
     """Products, beside PyTorch's: with its norm as the op calls it, and F.linear alone."""
     for name, num_rows in itertools.product(PRODUCTS, rows):
-        if is_fp8 and name == "head":
-            continue
         calls = product_calls(name, num_rows, is_fp8=is_fp8)
         ways: dict[str, dict[str, bool]] = {"ours": {}}
         if not is_quick:
             ways["overlapped"] = {"use_pdl": True}
         if num_rows == 1 and not is_quick:
             ways["as dots"] = {"use_dot": True}
-        if num_rows > 1 and not is_fp8:
-            ways["library"] = {"use_library": True}
         check_product(f"{name} T {num_rows}", calls, ways)
         times = {
             label: graph_time([partial(calls.run, *w, **how) for w in calls.weights])

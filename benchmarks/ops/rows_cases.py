@@ -110,7 +110,6 @@ def product_calls(name: str, num_rows: int, *, is_fp8: bool = False) -> ProductC
         *,
         use_pdl: bool = False,
         use_dot: bool | None = None,
-        use_library: bool | None = False,
         tile: RowTile | None = None,
     ) -> torch.Tensor:
         return row_linear_fwd(
@@ -122,7 +121,6 @@ def product_calls(name: str, num_rows: int, *, is_fp8: bool = False) -> ProductC
             eps=EPS,
             out_dtype=out_dtype,
             use_dot=use_dot,
-            use_library=use_library,
             use_pdl=use_pdl,
             tile=tile,
         )

@@ -83,7 +83,7 @@ def test_odd_sizes_are_multiplied(num_rows, size, num_outputs):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("size, num_outputs", [(256, 150), (200, 24), (1152, 10)])
+@pytest.mark.parametrize("size, num_outputs", [(256, 150), (200, 24), (1152, 10), (1024, 20)])
 def test_blocks_of_eight_bits_are_multiplied_with_their_scales(num_rows, size, num_outputs):
     check_linear(num_rows, size, num_outputs, HALF, has_norm=True, has_residual=True, is_fp8=True)
 
@@ -342,6 +342,7 @@ def test_products_of_the_flagship_are_right(num_rows, dtype):
     check_linear(num_rows, 2048, 151936, dtype, has_norm=True, has_residual=False)
     if dtype != torch.float32:
         check_linear(num_rows, 2048, 12352, dtype, has_norm=True, has_residual=False, is_fp8=True)
+        check_linear(num_rows, 4096, 2048, dtype, has_norm=False, has_residual=True, is_fp8=True)
 
 
 @pytest.mark.gpu
@@ -360,13 +361,13 @@ def test_experts_of_the_flagship_are_chosen(num_rows, uses_counters):
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
-def test_products_of_the_library_are_right(out_dtype, has_residual):
+def test_products_of_several_rows_have_a_dtype_and_a_residual(out_dtype, has_residual):
     x = random(5, 2048, dtype=torch.bfloat16)
     weight = random(12352, 2048, dtype=torch.bfloat16, scale=0.02)
     norm_weight = random(2048, dtype=torch.bfloat16, scale=0.2)
     residual = random(5, 12352, dtype=torch.bfloat16) if has_residual else None
     given, how = (x, weight, norm_weight, residual, None), {"eps": EPS, "out_dtype": out_dtype}
-    ours = linear_module.row_linear_fwd(*given, **how, use_library=True)
+    ours = linear_module.row_linear_fwd(*given, **how)
     assert ours.dtype == out_dtype
     assert error(ours, row_linear_reference(*given, **how)) < TOLERANCE[torch.bfloat16]
 

@@ -34,16 +34,16 @@ class RowsTile:
 
 
 def rows_tile(C: int, width: int, element_bytes: int) -> RowsTile:
-    """Cut by shape: two programs and about 150 KB in flight on each SM.
+    """Cut by shape: several programs and 100 to 150 KB in flight on each SM.
 
     A block of e4m3 has one scale, so a step is a block's columns.
     """
     if element_bytes == 4:
         tile = RowsTile(16, 32, 4, 2, 16, 32, 4, 2)
     elif element_bytes == 2:
-        tile = RowsTile(64, 64, 4, 5, 64, 128, 4, 4)
+        tile = RowsTile(32, 128, 2, 4, 64, 128, 4, 3)
     else:
-        tile = RowsTile(64, BLOCK, 4, 5, 64, BLOCK, 4, 4)
+        tile = RowsTile(64, BLOCK, 4, 4, 64, BLOCK, 4, 3)
     channels, columns = triton.next_power_of_2(C), triton.next_power_of_2(width)
     return RowsTile(
         max(16, min(tile.BN, columns)),

@@ -76,7 +76,6 @@ def up_rows(
     i_n: tl.tensor,
     b_slot: tl.tensor,
     m_t: tl.tensor,
-    T: tl.tensor,
     C: tl.constexpr,
     W: tl.constexpr,
     IH: tl.constexpr,
@@ -89,8 +88,7 @@ def up_rows(
     PRECISION: tl.constexpr,
 ) -> None:
     """BN hidden channels of one expert of width W, for the tokens in m_t at their slots."""
-    # Tokens past the last read its row again; nothing of theirs is written.
-    o_t = tl.minimum(tl.arange(0, BT), T - 1)
+    o_t = tl.arange(0, BT)
     n = i_n * BN
     first = e_id * (2 * W) + n
     if HAS_SCALE:
@@ -103,9 +101,9 @@ def up_rows(
         o_k = k + tl.arange(0, BK)
         p_row = p_x + o_t[:, None] * C + o_k[None, :]
         if C % BK == 0:
-            b_x = tl.trans(tl.load(p_row))
+            b_x = tl.trans(tl.load(p_row, mask=m_t[:, None], other=0.0))
         else:
-            b_x = tl.trans(tl.load(p_row, mask=(o_k < C)[None, :], other=0.0))
+            b_x = tl.trans(tl.load(p_row, mask=m_t[:, None] & (o_k < C)[None, :], other=0.0))
         b_g = load_rows(weight, first, W - n, k, C, BN, BK, USE_TMA)
         b_u = load_rows(weight, first + W, W - n, k, C, BN, BK, USE_TMA)
         if HAS_SCALE:
@@ -161,7 +159,7 @@ def experts_rows_up_tile_kernel(
     if i_p < NUM_SHARED:
         if IS > 0:
             up_rows(
-                p_x, shared, p_shared_scale, p_hidden, 0, i_p, o_t * SLOTS + A, o_t < T, T,
+                p_x, shared, p_shared_scale, p_hidden, 0, i_p, o_t * SLOTS + A, o_t < T,
                 C, IS, IH, BT, BN, BK, USE_TMA, HAS_SCALE, BLOCK_SIZE, PRECISION,
             )  # fmt: skip
     else:
@@ -169,7 +167,7 @@ def experts_rows_up_tile_kernel(
         e_id, is_first, m_t, b_rank = rows_of_expert(p_ids, i_r // NUM_N, T, A, BT, BA)
         if is_first:
             up_rows(
-                p_x, gate_up, p_scale, p_hidden, e_id, i_r % NUM_N, o_t * SLOTS + b_rank, m_t, T,
+                p_x, gate_up, p_scale, p_hidden, e_id, i_r % NUM_N, o_t * SLOTS + b_rank, m_t,
                 C, I, IH, BT, BN, BK, USE_TMA, HAS_SCALE, BLOCK_SIZE, PRECISION,
             )  # fmt: skip
 
@@ -206,9 +204,9 @@ def down_rows(
         o_k = k + tl.arange(0, BD)
         p_row = p_hidden + b_slot[:, None] * IH + o_k[None, :]
         if W % BD == 0:
-            b_h = tl.trans(tl.load(p_row))
+            b_h = tl.trans(tl.load(p_row, mask=m_t[:, None], other=0.0))
         else:
-            b_h = tl.trans(tl.load(p_row, mask=(o_k < W)[None, :], other=0.0))
+            b_h = tl.trans(tl.load(p_row, mask=m_t[:, None] & (o_k < W)[None, :], other=0.0))
         b_w = load_rows(weight, e_id * C + n, C - n, k, W, BO, BD, USE_TMA)
         if HAS_SCALE:
             scale = tl.load(p_s + k // BLOCK_SIZE)
@@ -254,8 +252,7 @@ def experts_rows_down_tile_kernel(
     wait_for_previous(WAITS)
     if i_p < NUM_SHARED:
         if IS > 0:
-            # Tokens past the last read its hidden row again.
-            b_slot = tl.minimum(o_t, T - 1) * SLOTS + A
+            b_slot = o_t * SLOTS + A
             down_rows(
                 p_hidden, shared, p_shared_scale, p_slots, 0, i_p, b_slot, o_t < T,
                 C, IS, IH, BT, BO, BD, USE_TMA, HAS_SCALE, BLOCK_SIZE, PRECISION,
@@ -264,7 +261,7 @@ def experts_rows_down_tile_kernel(
         i_r = i_p - NUM_SHARED
         e_id, is_first, m_t, b_rank = rows_of_expert(p_ids, i_r // NUM_O, T, A, BT, BA)
         if is_first:
-            b_slot = tl.minimum(o_t, T - 1) * SLOTS + b_rank
+            b_slot = o_t * SLOTS + b_rank
             down_rows(
                 p_hidden, down, p_scale, p_slots, e_id, i_r % NUM_O, b_slot, m_t,
                 C, I, IH, BT, BO, BD, USE_TMA, HAS_SCALE, BLOCK_SIZE, PRECISION,

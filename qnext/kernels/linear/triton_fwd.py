@@ -208,10 +208,10 @@ def linear_stream_kernel(
     """
     i_o, i_t = tl.program_id(0), tl.program_id(1)
     o_o, o_row = i_o * BO + tl.arange(0, BO), i_t * BT + tl.arange(0, BT)
-    m_y = (o_o < O)[:, None] & (o_row < T)[None, :]
+    m_t = o_row < T
+    m_y = (o_o < O)[:, None] & m_t[None, :]
     o_c = tl.arange(0, BLOCK_SIZE)
-    # Rows past the end read the last one and are never written: no mask on the streams.
-    o_t = tl.minimum(o_row, T - 1).to(tl.int64)
+    o_t = o_row.to(tl.int64)
     p_row = p_w + tl.minimum(o_o, O - 1).to(tl.int64)[:, None] * C + o_c[None, :]
     p_token = p_x + o_t[:, None] * C + o_c[None, :]
     NUM_C: tl.constexpr = C // BLOCK_SIZE
@@ -219,7 +219,7 @@ def linear_stream_kernel(
     b_acc = tl.zeros([BO, BT], tl.float32)
     for i_c in range(NUM_C):
         b_w = tl.load(p_row + i_c * BLOCK_SIZE)
-        b_x = tl.load(p_token + i_c * BLOCK_SIZE)
+        b_x = tl.load(p_token + i_c * BLOCK_SIZE, mask=m_t[:, None], other=0.0)
         # The tile lies in one block, whose scale its sums take.
         b_dot = tl.dot(widened(b_w, b_x), tl.trans(b_x), input_precision=PRECISION)
         b_acc += b_dot * tl.load(p_s + i_c)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -24,18 +23,14 @@ from qnext.kernels.gpu_decode import (
     weight_objection,
     widened,
 )
-from qnext.kernels.gpu_rows import IS_INTERPRETED
 
 MAX_ROWS = 16
 # Rows of one dot: the narrowest that tensor cores take as this operand without padding.
 DOT_ROWS = 16
-# Elements of weight that a program of one row asks for at once. At 64 per thread three programs
+# Elements of weight that a program of one row asks for at once. At 128 per thread three programs
 # fit an SM, which then waits for 96 KB: several times what the memory's latency needs in flight.
 TILE_ELEMENTS = 16384
-THREAD_ELEMENTS = 64
-# From so many outputs on several rows go to PyTorch's product: 220 us for the head on an H100,
-# 257 with dots here.
-LIBRARY_OUTPUTS = 32768
+THREAD_ELEMENTS = 128
 
 
 @dataclass(frozen=True)
@@ -54,28 +49,26 @@ def gemv_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile
     # A loop over columns holds an fp32 sum per element of the tile, so its tiles are smaller.
     is_whole = padded == num_columns and padded <= 4096
     BC = padded if is_whole else min(padded, 1024)
-    elements = TILE_ELEMENTS if is_whole and element_bytes < 4 else TILE_ELEMENTS // 4
+    is_wide = is_whole and element_bytes < 4
+    elements = TILE_ELEMENTS if is_wide else TILE_ELEMENTS // 4
     BO = min(16, max(1, elements // BC))
     while BO > 1 and num_outputs < 2 * NUM_SMS * BO:
         BO //= 2
-    return RowTile(BO, BC, num_warps=max(1, min(8, BO * BC // (32 * THREAD_ELEMENTS))))
+    per_warp = 32 * (THREAD_ELEMENTS if is_wide else THREAD_ELEMENTS // 2)
+    return RowTile(BO, BC, num_warps=max(1, min(8, BO * BC // per_warp)))
 
 
 def dot_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile:
-    """Cut for several rows: all programs on the chip at once, or many more than fit."""
+    """Cut for several rows: few outputs take few programs with long steps, each more bytes."""
     if element_bytes == 4:
         return RowTile(16, 32, num_warps=4, num_stages=2)
+    is_large = num_outputs >= 64 * NUM_SMS
     if element_bytes == 1:
-        # Scales are applied between dots, so an e4m3 tile ends with its block.
-        is_large = num_outputs >= 64 * NUM_SMS
-        # Each warp of a narrow tile converts the whole of it, so it has fewer.
-        tile = RowTile(64, BLOCK, 4, 6) if is_large else RowTile(16, BLOCK, 2, 8)
-    elif num_outputs >= 64 * 4 * NUM_SMS:
-        tile = RowTile(64, 128, num_warps=4, num_stages=4)
-    elif num_outputs >= 32 * 2 * NUM_SMS:
-        tile = RowTile(32, 256, num_warps=4, num_stages=3)
-    else:
-        tile = RowTile(16, 512, num_warps=4, num_stages=5)
+        # Each warp converts the whole of a narrow tile, so there are two.
+        tile = RowTile(32, 2 * BLOCK, 2, 3) if is_large else RowTile(16, 4 * BLOCK, 2, 3)
+        # Scales are applied between dots, so a step is whole blocks.
+        return tile if num_columns % tile.BC == 0 else RowTile(16, BLOCK, 2, 8)
+    tile = RowTile(64, 128, 4, 3) if is_large else RowTile(16, 512, 2, 3)
     BC = max(16, min(tile.BC, triton.next_power_of_2(num_columns)))
     return RowTile(tile.BO, BC, tile.num_warps, tile.num_stages if BC == tile.BC else 5)
 
@@ -192,11 +185,13 @@ def row_linear_dot_kernel(
     """BO outputs of BT rows, into rows of YS; the weight is at left, where the wide side is."""
     i_o, i_t = tl.program_id(0), tl.program_id(1)
     o_o = i_o * BO + tl.arange(0, BO)
-    # Rows past the end read the last one and are never written: no mask on the streams.
-    o_row = i_t * BT + tl.arange(0, BT)
-    o_t = tl.minimum(o_row, T - 1)
-    o_c = tl.arange(0, BC)
-    m_o, m_t = o_o < O, o_row < T
+    # A step of e4m3 may hold several blocks of columns, each with its scale.
+    BK: tl.constexpr = BLOCK_SIZE if HAS_SCALE and BC > BLOCK_SIZE else BC
+    # Rows past the end are masked, not read again: a line that all programs ask for 14 times over
+    # took longer to come than their weights.
+    o_t = i_t * BT + tl.arange(0, BT)
+    o_c = tl.arange(0, BK)
+    m_o, m_t = o_o < O, o_t < T
     p_row = p_w + tl.minimum(o_o, O - 1).to(tl.int64)[:, None] * C
     p_token = p_x + o_t.to(tl.int64)[:, None] * C + o_c[None, :]
     SC: tl.constexpr = (C + BLOCK_SIZE - 1) // BLOCK_SIZE
@@ -209,20 +204,21 @@ def row_linear_dot_kernel(
     b_acc = tl.zeros([BO, BT], tl.float32)
     if HAS_RESIDUAL:
         b_acc += tl.load(p_residual + o_y, mask=m_y, other=0.0).to(tl.float32)
-    for i_c in range(0, C, BC):
-        if C % BC == 0:
-            b_w = tl.load(p_row + i_c + o_c[None, :])
-            b_x = tl.load(p_token + i_c)
-        else:
-            m_c = (i_c + o_c < C)[None, :]
-            b_w = tl.load(p_row + i_c + o_c[None, :], mask=m_c, other=0.0)
-            b_x = tl.load(p_token + i_c, mask=m_c, other=0.0)
-        if HAS_SCALE:
-            # The tile lies in one column of blocks.
-            b_dot = tl.dot(widened(b_w, b_x), tl.trans(b_x), input_precision=PRECISION)
-            b_acc += b_dot * tl.load(p_s + i_c // BLOCK_SIZE)
-        else:
-            b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision=PRECISION)
+    for i_step in range(0, C, BC):
+        for i_part in tl.static_range(0, BC, BK):
+            i_c = i_step + i_part
+            if C % BC == 0:
+                b_w = tl.load(p_row + i_c + o_c[None, :])
+                b_x = tl.load(p_token + i_c, mask=m_t[:, None], other=0.0)
+            else:
+                m_c = (i_c + o_c < C)[None, :]
+                b_w = tl.load(p_row + i_c + o_c[None, :], mask=m_c, other=0.0)
+                b_x = tl.load(p_token + i_c, mask=m_t[:, None] & m_c, other=0.0)
+            if HAS_SCALE:
+                b_dot = tl.dot(widened(b_w, b_x), tl.trans(b_x), input_precision=PRECISION)
+                b_acc += b_dot * tl.load(p_s + i_c // BLOCK_SIZE)
+            else:
+                b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision=PRECISION)
     tl.store(p_y + o_y, b_acc.to(p_y.dtype.element_ty), mask=m_y)
 
 
@@ -236,7 +232,6 @@ def row_linear_fwd(
     eps: float,
     out_dtype: torch.dtype,
     use_dot: bool | None = None,
-    use_library: bool | None = None,
     use_pdl: bool = False,
     tile: RowTile | None = None,
     out: torch.Tensor | None = None,
@@ -245,8 +240,7 @@ def row_linear_fwd(
 
     Args:
         use_dot: several rows in one dot; None for more than one row. With True a row's bits are
-            the same alone and in any company, unless PyTorch multiplies.
-        use_library: PyTorch's product instead of the dots; None for `library_is_faster`.
+            the same alone and in any company.
         use_pdl: see `overlap_options`.
         tile: another cut than the one chosen by shape.
         out: columns of a wider matrix, which receive the product; without residual. [T, O]
@@ -256,10 +250,6 @@ def row_linear_fwd(
     use_dot = num_rows > 1 if use_dot is None else use_dot
     if use_dot and norm_weight is not None:
         x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
-    if use_library is None and out is None:
-        use_library = num_rows > 1 and library_is_faster(weight, scale, tile)
-    if use_dot and use_library:
-        return multiply_by_library(x, weight, residual, out_dtype)
     y = out
     if y is None:
         y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
@@ -354,25 +344,6 @@ def rows_with_tail_fwd(
     return y
 
 
-def library_is_faster(
-    weight: torch.Tensor, scale: torch.Tensor | None, tile: RowTile | None = None
-) -> bool:
-    """Whether PyTorch multiplies several rows by this weight; never where a cut is asked for."""
-    is_plain = scale is None and tile is None and weight.dtype != torch.float32
-    return is_plain and weight.shape[0] >= LIBRARY_OUTPUTS and not IS_INTERPRETED
-
-
-def multiply_by_library(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """PyTorch's product, accumulated in fp32; a residual of another dtype is added after it."""
-    if residual is not None and residual.dtype == x.dtype == out_dtype:
-        return torch.addmm(residual, x, weight.t())
-    is_wider = out_dtype != x.dtype
-    y = torch.mm(x, weight.t(), out_dtype=out_dtype) if is_wider else F.linear(x, weight)
-    return y if residual is None else y.add_(residual)
-
-
 def supports(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -401,8 +372,7 @@ def row_linear_triton(
 ) -> torch.Tensor:
     """See `row_linear_reference`. Up to 16 rows, each with the same bits in any company of 2 to 16.
 
-    A row alone is summed in another order, by `row_linear_gemv_kernel`. Where PyTorch multiplies
-    (see `library_is_faster`) a row's bits may also depend on how many rows there are.
+    A row alone is summed in another order, by `row_linear_gemv_kernel`.
     """
     return row_linear_fwd(
         x, weight, norm_weight, residual, scale, eps=eps, out_dtype=out_dtype or x.dtype
