@@ -47,6 +47,13 @@ def wait_for_previous(WAITS: tl.constexpr) -> None:
 
 
 @triton.jit
+def hold_loads(WAITS: tl.constexpr) -> None:
+    """No load moves across this, after `wait_for_previous`; the wait is over by then."""
+    if WAITS:
+        gdc_wait()
+
+
+@triton.jit
 def order_bits(b_x: tl.tensor) -> tl.tensor:
     """int32 that sort as b_x does. Both zeros are equal, and NaN lies below minus infinity.
 

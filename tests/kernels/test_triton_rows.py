@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from qnext.kernels.experts_rows import triton_fwd as experts_module
 from qnext.kernels.experts_rows.reference import ExpertScales, experts_rows_reference
-from qnext.kernels.experts_rows.triton_config import RowsTile
+from qnext.kernels.experts_rows.triton_config import RowsTile, rows_tile
+from qnext.kernels.experts_rows.triton_one import one_tile
 from qnext.kernels.fp8_blocks import dequantized, quantize_blocks, scale_shape
 from qnext.kernels.norm_router import triton_fwd as router_module
 from qnext.kernels.norm_router.reference import norm_router_reference
@@ -219,8 +220,9 @@ def mixture_inputs(num_rows, size, width, num_experts, top_k, dtype, *, shared_w
     return (random(num_rows, size, dtype=dtype), *weights), named
 
 
-def check_mixture(*shape, shared_width, is_fp8=False, tile=None):
+def check_mixture(*shape, shared_width, is_fp8=False, tile=None, takes_one=False):
     given, named = mixture_inputs(*shape, shared_width=shared_width, is_fp8=is_fp8)
+    assert not takes_one or one_tile(given[1:], named["top_ids"].shape[1]) is not None
     assert experts_module.supports(*given, **named) is None
     ours = experts_module.experts_rows_fwd(*given, **named, tile=tile)
     expected = experts_rows_reference(*given, **named)
@@ -255,6 +257,33 @@ def test_mixtures_of_eight_bits_are_summed(size, width, shared_width):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
+    "size, width, top_k, shared_width, is_fp8",
+    [
+        (64, 32, 3, 32, False),
+        (16, 1024, 1, 8, False),
+        (512, 16, 10, 0, False),
+        (2048, 64, 5, 128, False),
+        (64, 128, 3, 256, True),
+        (1024, 256, 2, 128, True),
+        (256, 128, 4, 0, True),
+    ],
+)
+def test_a_mixture_of_one_row_is_summed_without_tiles(size, width, top_k, shared_width, is_fp8):
+    sizes = (1, size, width, 12, top_k, HALF)
+    check_mixture(*sizes, shared_width=shared_width, is_fp8=is_fp8, takes_one=True)
+
+
+def test_one_row_takes_tiles_where_sizes_are_no_powers_of_two():
+    for size, width, shared_width in ((96, 32, 32), (64, 48, 32), (64, 32, 24)):
+        given, _ = mixture_inputs(
+            1, size, width, 4, 2, HALF, shared_width=shared_width, is_fp8=False
+        )
+        assert one_tile(given[1:], 2) is None
+        check_mixture(1, size, width, 4, 2, HALF, shared_width=shared_width)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
     "tile",
     [
         RowsTile(16, 64, 4, 3, 32, 16, 4, 2),
@@ -274,7 +303,8 @@ def test_a_mixture_has_the_same_bits_in_any_company(num_rows):
         name: value[part] if isinstance(value, torch.Tensor) else value
         for name, value in named.items()
     }
-    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone)
+    tile = rows_tile(64, 32, 2)  # one row would take none
+    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone, tile=tile)
     assert torch.equal(ours, whole[part])
 
 

@@ -4,6 +4,7 @@ import torch
 
 from qnext.kernels.experts_rows.reference import NO_SCALES, ExpertScales
 from qnext.kernels.experts_rows.triton_config import RowsTile, rows_tile
+from qnext.kernels.experts_rows.triton_one import experts_one_fwd, one_tile
 from qnext.kernels.experts_rows.triton_tiles import (
     TILE_ROWS,
     sum_slots,
@@ -32,15 +33,22 @@ def experts_rows_fwd(
     use_pdl: bool = False,
     tile: RowsTile | None = None,
 ) -> torch.Tensor:
-    """Launch three kernels; arguments as in `experts_rows_reference`.
+    """Launch two kernels for one row, three for more; arguments as in `experts_rows_reference`.
 
     Args:
         use_pdl: see `overlap_options`.
-        tile: another cut than the one chosen by shape.
+        tile: another cut than the one chosen by shape; one row takes tiles too then.
     """
+    weights = (gate_up, down, shared_gate_up, shared_down)
+    if normed.shape[0] == 1 and tile is None:
+        one = one_tile(weights, top_ids.shape[1])
+        if one is not None:
+            routing = (top_weights, top_ids, shared_logit)
+            return experts_one_fwd(
+                normed, weights, *routing, residual, scales, one, use_pdl=use_pdl
+            )
     width = down.shape[2] if shared_down is None else max(down.shape[2], shared_down.shape[1])
     tile = tile or rows_tile(normed.shape[1], width, gate_up.element_size())
-    weights = (gate_up, down, shared_gate_up, shared_down)
     hidden = tile_up(normed, weights, top_ids, scales, tile, use_pdl=use_pdl)
     products = tile_down(hidden, down, shared_down, top_ids, scales, tile, use_pdl=use_pdl)
     return sum_slots(products, top_weights, shared_logit, residual, use_pdl=use_pdl)
@@ -101,7 +109,8 @@ def experts_rows_triton(
     """See `experts_rows_reference`. Up to 16 rows.
 
     The hidden channels are rounded to the dtype of the rows once, between the two products. A row
-    has the same bits in any company. A token's experts are distinct, as `norm_router` makes them.
+    has the same bits in any company of 2 to 16; alone it may be summed in another order. A token's
+    experts are distinct, as `norm_router` makes them.
     """
     return experts_rows_fwd(
         normed,
