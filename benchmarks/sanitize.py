@@ -95,6 +95,8 @@ def examine(tool: str, file: Path, options: argparse.Namespace) -> Finding:
     passed = OUTCOME.search(output)
     summaries = SUMMARY.findall(output)
     summary = summaries[-1].strip() if summaries else f"no summary, exit status {status}"
+    if status not in (0, FOUND):
+        summary += f"; the tests ended with status {status}"
     num_passed = int(passed.group(1)) if passed else 0
     is_clean = status == 0 and num_passed > 0
     return Finding(tool, file.name, num_passed, summary, seconds, is_clean, output)

@@ -257,29 +257,22 @@ def test_mixtures_of_eight_bits_are_summed(size, width, shared_width):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize(
-    "size, width, top_k, shared_width, is_fp8",
-    [
-        (64, 32, 3, 32, False),
-        (16, 1024, 1, 8, False),
-        (512, 16, 10, 0, False),
-        (2048, 64, 5, 128, False),
-        (64, 128, 3, 256, True),
-        (1024, 256, 2, 128, True),
-        (256, 128, 4, 0, True),
-    ],
+    "size, width, top_k, shared_width",
+    [(64, 128, 3, 256), (1024, 256, 2, 128), (256, 128, 4, 0), (128, 512, 10, 512)],
 )
-def test_a_mixture_of_one_row_is_summed_without_tiles(size, width, top_k, shared_width, is_fp8):
+def test_a_mixture_of_one_row_in_eight_bits_is_summed_without_tiles(
+    size, width, top_k, shared_width
+):
     sizes = (1, size, width, 12, top_k, HALF)
-    check_mixture(*sizes, shared_width=shared_width, is_fp8=is_fp8, takes_one=True)
+    check_mixture(*sizes, shared_width=shared_width, is_fp8=True, takes_one=True)
 
 
 def test_one_row_takes_tiles_where_sizes_are_no_powers_of_two():
-    for size, width, shared_width in ((96, 32, 32), (64, 48, 32), (64, 32, 24)):
-        given, _ = mixture_inputs(
-            1, size, width, 4, 2, HALF, shared_width=shared_width, is_fp8=False
-        )
+    for size, width, shared_width in ((96, 128, 128), (64, 384, 128), (64, 128, 384)):
+        sizes = (1, size, width, 4, 2, HALF)
+        given, _ = mixture_inputs(*sizes, shared_width=shared_width, is_fp8=True)
         assert one_tile(given[1:], 2) is None
-        check_mixture(1, size, width, 4, 2, HALF, shared_width=shared_width)
+        check_mixture(*sizes, shared_width=shared_width, is_fp8=True)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
