@@ -108,16 +108,26 @@ def test_a_gpu_is_needed_and_named(monkeypatch):
     assert "8.0, fp8 weights need 8.9" in device_objection(torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize(
+    "num_outputs, size, num_tail",
+    [
+        (256, 256, 5),
+        (140, 512, 40),
+        (256, 384, 33),
+        pytest.param(12288, 2048, 64, marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("num_rows", [1, 2, 16])
-def test_few_rows_take_the_tail_along(num_rows):
-    weight = held(256, 256, 5)
-    x = torch.randn(num_rows, 256, device=DEVICE).to(HALF)
-    norm = torch.randn(256, device=DEVICE).to(HALF) * 0.2
+def test_few_rows_take_the_tail_along(num_rows, num_outputs, size, num_tail):
+    weight = held(num_outputs, size, num_tail)
+    x = torch.randn(num_rows, size, device=DEVICE).to(HALF)
+    norm = torch.randn(size, device=DEVICE).to(HALF) * 0.2
     ours = row_linear.rows_with_tail_fwd(x, weight, norm, eps=1e-6)
+    assert ours.shape == (num_rows, num_outputs + num_tail)
     whole = widened_blocks(weight, torch.float32)
-    for columns, part in ((slice(0, 256), whole[:256]), (slice(256, 261), whole[256:])):
-        expected = row_linear_reference(x, part, norm, eps=1e-6)
-        assert error(ours[:, columns], expected) < TOLERANCE[HALF]
+    parts = ours.split([num_outputs, num_tail], dim=1)
+    for part, rows in zip(parts, whole.split([num_outputs, num_tail]), strict=True):
+        assert error(part, row_linear_reference(x, rows, norm, eps=1e-6)) < TOLERANCE[HALF]
 
 
 def test_experts_take_scales_and_shared_rows_along():

@@ -366,6 +366,7 @@ def test_products_of_the_flagship_are_right(num_rows, dtype):
     if dtype != torch.float32:
         check_linear(num_rows, 2048, 12352, dtype, has_norm=True, has_residual=False, is_fp8=True)
         check_linear(num_rows, 4096, 2048, dtype, has_norm=False, has_residual=True, is_fp8=True)
+        check_linear(num_rows, 2048, 151936, dtype, has_norm=False, has_residual=False, is_fp8=True)
 
 
 @pytest.mark.gpu

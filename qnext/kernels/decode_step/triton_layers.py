@@ -234,7 +234,7 @@ def _run_layer(
     """One decoder layer; returns the residual rows and what is still to be added to them."""
     eps = tensors.config.rms_norm_eps
     if x.shape[0] <= FEW_ROWS:
-        fused = rows_with_tail_fwd(x, layer.in_proj, layer.norm, eps=eps)
+        fused = rows_with_tail_fwd(x, layer.in_proj, layer.norm, eps=eps, use_pdl=tensors.use_pdl)
     else:
         if added is None:
             normed = rms_norm_fwd(x, layer.norm, eps)

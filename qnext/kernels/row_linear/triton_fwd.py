@@ -31,6 +31,8 @@ DOT_ROWS = 16
 # fit an SM, which then waits for 96 KB: several times what the memory's latency needs in flight.
 TILE_ELEMENTS = 16384
 THREAD_ELEMENTS = 128
+# From so many e4m3 outputs on dots are faster for one row too: 82 us, not 90, for an H200's head.
+DOT_OUTPUTS = 32768
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,15 @@ def row_norm_kernel(
     tl.store(p_normed + i_t * C + o_c, b_x.to(p_normed.dtype.element_ty), mask=o_c < C)
 
 
-@triton.jit(do_not_specialize=["O"])
-def row_linear_gemv_kernel(
+@triton.jit
+def gemv_rows(
     p_x: tl.tensor,
     p_w: tl.tensor,
     p_scale: tl.tensor,
     p_norm: tl.tensor,
     p_residual: tl.tensor,
     p_y: tl.tensor,
+    i_o: tl.tensor,
     O: tl.tensor,
     eps: tl.tensor,
     C: tl.constexpr,
@@ -113,8 +116,7 @@ def row_linear_gemv_kernel(
     BLOCK_SIZE: tl.constexpr,
     WAITS: tl.constexpr,
 ) -> None:
-    """BO outputs of the only row."""
-    i_o = tl.program_id(0)
+    """BO outputs of the only row, from one weight of O rows."""
     o_o = i_o * BO + tl.arange(0, BO)
     o_c = tl.arange(0, BC)
     m_o = o_o < O
@@ -152,6 +154,49 @@ def row_linear_gemv_kernel(
     tl.store(p_y + o_o, b_y.to(p_y.dtype.element_ty), mask=m_o)
 
 
+@triton.jit(do_not_specialize=["O", "R"])
+def row_linear_gemv_kernel(
+    p_x: tl.tensor,
+    p_w: tl.tensor,
+    p_scale: tl.tensor,
+    p_tail: tl.tensor,
+    p_norm: tl.tensor,
+    p_residual: tl.tensor,
+    p_y: tl.tensor,
+    O: tl.tensor,
+    R: tl.tensor,
+    eps: tl.tensor,
+    C: tl.constexpr,
+    BO: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WAITS: tl.constexpr,
+) -> None:
+    """BO outputs of the only row; the first programs take the R rows of the tail, if there is one.
+
+    A tail is twice as wide as its weight: BR of its rows are as many bytes, in as many registers.
+    """
+    i_o = tl.program_id(0)
+    if HAS_TAIL:
+        num_tail = (R + BR - 1) // BR
+        if i_o < num_tail:
+            gemv_rows(
+                p_x, p_tail, p_scale, p_norm, p_residual, p_y + O, i_o, R, eps,
+                C, BR, BC, HAS_NORM, False, False, BLOCK_SIZE, WAITS,
+            )  # fmt: skip
+            return
+        i_o -= num_tail
+    gemv_rows(
+        p_x, p_w, p_scale, p_norm, p_residual, p_y, i_o, O, eps,
+        C, BO, BC, HAS_NORM, HAS_RESIDUAL, HAS_SCALE, BLOCK_SIZE, WAITS,
+    )  # fmt: skip
+
+
 @triton.jit
 def prefetch_rows(p_row: tl.tensor, N: tl.constexpr) -> None:
     """Ask for the first N lines of 128 bytes from each address; returns at once."""
@@ -161,13 +206,14 @@ def prefetch_rows(p_row: tl.tensor, N: tl.constexpr) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["T", "O", "YS"])
-def row_linear_dot_kernel(
+@triton.jit
+def dot_rows(
     p_x: tl.tensor,
     p_w: tl.tensor,
     p_scale: tl.tensor,
     p_residual: tl.tensor,
     p_y: tl.tensor,
+    i_o: tl.tensor,
     T: tl.tensor,
     O: tl.tensor,
     YS: tl.tensor,
@@ -182,8 +228,8 @@ def row_linear_dot_kernel(
     PREFETCH: tl.constexpr,
     WAITS: tl.constexpr,
 ) -> None:
-    """BO outputs of BT rows, into rows of YS; the weight is at left, where the wide side is."""
-    i_o, i_t = tl.program_id(0), tl.program_id(1)
+    """BO outputs of BT rows; the weight, of O rows, is at left, where the wide side is."""
+    i_t = tl.program_id(1)
     o_o = i_o * BO + tl.arange(0, BO)
     # A step of e4m3 may hold several blocks of columns, each with its scale.
     BK: tl.constexpr = BLOCK_SIZE if HAS_SCALE and BC > BLOCK_SIZE else BC
@@ -222,6 +268,48 @@ def row_linear_dot_kernel(
     tl.store(p_y + o_y, b_acc.to(p_y.dtype.element_ty), mask=m_y)
 
 
+@triton.jit(do_not_specialize=["T", "O", "R", "YS"])
+def row_linear_dot_kernel(
+    p_x: tl.tensor,
+    p_w: tl.tensor,
+    p_scale: tl.tensor,
+    p_tail: tl.tensor,
+    p_residual: tl.tensor,
+    p_y: tl.tensor,
+    T: tl.tensor,
+    O: tl.tensor,
+    R: tl.tensor,
+    YS: tl.tensor,
+    C: tl.constexpr,
+    BT: tl.constexpr,
+    BO: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WAITS: tl.constexpr,
+) -> None:
+    """BO outputs of BT rows, into rows of YS; the tail first, as in `row_linear_gemv_kernel`."""
+    i_o = tl.program_id(0)
+    if HAS_TAIL:
+        num_tail = (R + BR - 1) // BR
+        if i_o < num_tail:
+            dot_rows(
+                p_x, p_tail, p_scale, p_residual, p_y + O, i_o, T, R, YS,
+                C, BT, BR, BLOCK_SIZE, False, False, BLOCK_SIZE, PRECISION, PREFETCH, WAITS,
+            )  # fmt: skip
+            return
+        i_o -= num_tail
+    dot_rows(
+        p_x, p_w, p_scale, p_residual, p_y, i_o, T, O, YS,
+        C, BT, BO, BC, HAS_RESIDUAL, HAS_SCALE, BLOCK_SIZE, PRECISION, PREFETCH, WAITS,
+    )  # fmt: skip
+
+
 def row_linear_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -234,61 +322,61 @@ def row_linear_fwd(
     use_dot: bool | None = None,
     use_pdl: bool = False,
     tile: RowTile | None = None,
-    out: torch.Tensor | None = None,
+    tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch the kernels for the number of rows; arguments as in `row_linear_reference`.
 
     Args:
-        use_dot: several rows in one dot; None for more than one row. With True a row's bits are
-            the same alone and in any company.
+        use_dot: several rows in one dot; None for more than one row, and for long e4m3 weights.
+            With True a row's bits are the same alone and in any company.
         use_pdl: see `overlap_options`.
         tile: another cut than the one chosen by shape.
-        out: columns of a wider matrix, which receive the product; without residual. [T, O]
+        tail: rows in the dtype of x behind those of an e4m3 weight; without residual. [R, C]
+
+    Returns:
+        [T, O + R]
     """
+    assert tail is None or (residual is None and tail.dtype == x.dtype), "a tail of other rows"
     num_rows, num_columns = x.shape
     num_outputs = weight.shape[0]
-    use_dot = num_rows > 1 if use_dot is None else use_dot
+    if use_dot is None:
+        use_dot = num_rows > 1 or (scale is not None and num_outputs >= DOT_OUTPUTS)
     if use_dot and norm_weight is not None:
         x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
-    y = out
-    if y is None:
-        y = torch.empty(num_rows, num_outputs, dtype=out_dtype, device=x.device)
+    num_tail = 0 if tail is None else tail.shape[0]
+    y = torch.empty(num_rows, num_outputs + num_tail, dtype=out_dtype, device=x.device)
     choose = dot_tile if use_dot else gemv_tile
     tile = tile or choose(num_outputs, num_columns, weight.element_size())
-    num_blocks = triton.cdiv(num_outputs, tile.BO)
+    tail_block = max(16 if use_dot else 1, tile.BO // 2)
+    num_blocks = triton.cdiv(num_outputs, tile.BO) + triton.cdiv(num_tail, tail_block)
     common: dict[str, Any] = {
         "C": num_columns,
         "BO": tile.BO,
+        "BR": tail_block,
         "BC": tile.BC,
         "HAS_RESIDUAL": residual is not None,
         "HAS_SCALE": scale is not None,
+        "HAS_TAIL": tail is not None,
         "BLOCK_SIZE": BLOCK,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **overlap_options(use_pdl),
     }
-    weight_and_scale = (weight, x if scale is None else scale)
+    inputs = (x, weight, x if scale is None else scale, x if tail is None else tail)
     other = x if residual is None else residual
+    sizes = (num_outputs, num_tail)
     if not use_dot:
+        norm = x if norm_weight is None else norm_weight
         row_linear_gemv_kernel[(num_blocks,)](
-            x,
-            *weight_and_scale,
-            x if norm_weight is None else norm_weight,
-            other,
-            y,
-            num_outputs,
-            eps,
-            HAS_NORM=norm_weight is not None,
-            **common,
+            *inputs, norm, other, y, *sizes, eps, HAS_NORM=norm_weight is not None, **common
         )
         return y
     row_linear_dot_kernel[(num_blocks, triton.cdiv(num_rows, DOT_ROWS))](
-        x,
-        *weight_and_scale,
+        *inputs,
         other,
         y,
         num_rows,
-        num_outputs,
+        *sizes,
         y.stride(0),
         BT=DOT_ROWS,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
@@ -331,17 +419,17 @@ def rows_with_tail_fwd(
     Args:
         weight: in the dtype of x, or e4m3 with its `block_scale` and, where it has one, its `tail`.
     """
-    scale, tail = held_scale(weight), tail_of(weight)
-    how: dict[str, Any] = {"eps": eps, "out_dtype": x.dtype, "use_pdl": use_pdl}
-    if tail is None:
-        return row_linear_fwd(x, weight, norm_weight, None, scale, **how)
-    if x.shape[0] > 1 and norm_weight is not None:
-        x, norm_weight = norm_rows(x, norm_weight, eps, use_pdl=use_pdl), None
-    num_outputs = weight.shape[0]
-    y = torch.empty(x.shape[0], num_outputs + tail.shape[0], dtype=x.dtype, device=x.device)
-    row_linear_fwd(x, weight, norm_weight, None, scale, **how, out=y[:, :num_outputs])
-    row_linear_fwd(x, tail, norm_weight, None, None, **how, out=y[:, num_outputs:])
-    return y
+    return row_linear_fwd(
+        x,
+        weight,
+        norm_weight,
+        None,
+        held_scale(weight),
+        eps=eps,
+        out_dtype=x.dtype,
+        use_pdl=use_pdl,
+        tail=tail_of(weight),
+    )
 
 
 def supports(
@@ -372,7 +460,7 @@ def row_linear_triton(
 ) -> torch.Tensor:
     """See `row_linear_reference`. Up to 16 rows, each with the same bits in any company of 2 to 16.
 
-    A row alone is summed in another order, by `row_linear_gemv_kernel`.
+    A row alone is summed in another order, by `row_linear_gemv_kernel` (not by long e4m3 weights).
     """
     return row_linear_fwd(
         x, weight, norm_weight, residual, scale, eps=eps, out_dtype=out_dtype or x.dtype
