@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from qnext.engine.inputs import state_slot
 from qnext.engine.request import Request
 from qnext.engine.scheduler import PromptPart
 from qnext.kernels import dispatch
+from qnext.kernels.first_pass import compile_ahead_of
 from qnext.kernels.fp8_blocks import addresses_of
 from qnext.model.batch import CacheInputs, ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
@@ -138,6 +140,9 @@ class CapturedPrefill:
         if self.is_capturing and prompt.graph is None and self._num_passes[num_rows] > 1:
             self._capture(prompt)
         if prompt.graph is None:
+            if self._num_passes.total() == 1:
+                # States and keys that this leaves are written again, from a prompt's beginning.
+                compile_ahead_of(partial(self._forward, prompt), self.model.device)
             self._forward(prompt)
         else:
             prompt.graph.replay()

@@ -14,6 +14,7 @@ from qnext.kernels.decode_step.reference import MAX_ROUNDS
 from qnext.kernels.decode_step.sent_inputs import GrownPages, SentInputs
 from qnext.kernels.decode_step.triton_fwd import Prepared
 from qnext.kernels.decode_step.triton_layers import DeviceRows, StepTensors, logits_of, run_step
+from qnext.kernels.first_pass import compile_ahead_of
 from qnext.kernels.sample_rows.fields import (
     PenaltyFields,
     SampledRows,
@@ -204,6 +205,7 @@ class CapturedRounds:
         """
         if self.buffers.lens.device.type != "cuda":
             return  # the interpreter runs launch by launch
+        compile_ahead_of(self._round, self.buffers.lens.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
