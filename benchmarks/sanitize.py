@@ -25,7 +25,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: |RACECHECK SUMMARY: )(.*)")
 OUTCOME = re.compile(r"(\d+) passed")
 RUNS_KERNELS = "triton_env"  # what tests of Triton kernels take their device from
-FOUND = 3  # exit status of the sanitizer that tells its findings from a failed test
+FOUND = 99  # exit status of the sanitizer that tells its findings from a failed test
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def examine(tool: str, file: Path, options: argparse.Namespace) -> Finding:
     passed = OUTCOME.search(output)
     summaries = SUMMARY.findall(output)
     summary = summaries[-1].strip() if summaries else f"no summary, exit status {status}"
-    if status not in (0, FOUND):
+    if summaries and status not in (0, FOUND):
         summary += f"; the tests ended with status {status}"
     num_passed = int(passed.group(1)) if passed else 0
     is_clean = status == 0 and num_passed > 0

@@ -105,6 +105,7 @@ class CapturedPrefill:
     def __init__(self, model: Qwen3Next, cache: HybridCache) -> None:
         self.model, self.cache = model, cache
         self.is_capturing = model.device.type == "cuda"
+        self._has_compiled = False
         self._prompts: dict[int, _Prompt] = {}
         self._num_passes: Counter[int] = Counter()
         self._pool: Any = None
@@ -140,9 +141,10 @@ class CapturedPrefill:
         if self.is_capturing and prompt.graph is None and self._num_passes[num_rows] > 1:
             self._capture(prompt)
         if prompt.graph is None:
-            if self._num_passes.total() == 1:
-                # States and keys that this leaves are written again, from a prompt's beginning.
-                compile_ahead_of(partial(self._forward, prompt), self.model.device)
+            if not self._has_compiled:
+                self._has_compiled = True
+                if compile_ahead_of(partial(self._forward, prompt), self.model.device):
+                    self.cache.reset_state([state_slot(request)])  # it has left something there
             self._forward(prompt)
         else:
             prompt.graph.replay()

@@ -7,6 +7,7 @@ behind the main model's. Hidden rows wait here until drafts are wanted.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -23,6 +24,7 @@ from qnext.engine.sampler import LogitsRow
 from qnext.engine.scheduler import PromptPart
 from qnext.engine.speculative import Drafts, choose_token
 from qnext.kernels.decode_step.reference import NOT_NUMBERS, LaunchedRounds, RoundsOutput, best_ids
+from qnext.kernels.first_pass import compile_ahead_of
 from qnext.model.batch import ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.random_bits import Purpose
@@ -116,6 +118,7 @@ class ModelRunner:
         self.chunk_tokens = chunk_tokens
         self.max_prefill_seqs = max_prefill_seqs
         self.keeps_hidden = keeps_hidden
+        self._has_compiled = False  # the kernels of a plain pass over prompts
         self.deferred_seconds = 0.0  # time spent on hidden rows put off from earlier steps
         self._pending: dict[str, _PendingRows] = {}
 
@@ -163,7 +166,12 @@ class ModelRunner:
                 SequenceRows(p.request, p.request.prompt_array[p.start : p.end], p.start)
                 for p in parts
             ]
-            hidden = self.model(self._batch(rows, is_window=False), self.cache)  # [T, C]
+            batch = self._batch(rows, is_window=False)
+            if not self._has_compiled and all(part.start == 0 for part in parts):
+                self._has_compiled = True
+                if compile_ahead_of(partial(self.model, batch, self.cache), self.device):
+                    self.cache.reset_state([state_slot(part.request) for part in parts])
+            hidden = self.model(batch, self.cache)  # [T, C]
         each = hidden.split([part.end - part.start for part in parts])
         begun, last_rows = [], []
         for part, own in zip(parts, each, strict=True):

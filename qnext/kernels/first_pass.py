@@ -6,6 +6,7 @@ happens in. So a pass is gone through once without its launches: each is handed 
 when all are done. Triton keeps them on its disk cache as always.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_logger = logging.getLogger(__name__)
 
 MAX_THREADS = 16
 # One at a time: a pass without launches changes, while it lasts, how Triton launches.
@@ -23,7 +27,10 @@ _lock = threading.Lock()
 
 
 class ZeroedTensors(TorchDispatchMode):
-    """New tensors hold zeros: what no kernel has written may be looked up as an index."""
+    """New tensors hold zeros: what no kernel has written may be looked up as an index.
+
+    So do the results of our own operators, inside of which the mode does not reach.
+    """
 
     def __torch_dispatch__(
         self,
@@ -34,23 +41,34 @@ class ZeroedTensors(TorchDispatchMode):
     ) -> Any:
         """Run an operator; fill what it left open."""
         out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        return out.zero_() if name.startswith(("empty", "new_empty")) else out
+        is_open = func.overloadpacket.__name__.startswith(("empty", "new_empty"))
+        if is_open or func.namespace == "qnext":
+            for made in tree_leaves(out):
+                if isinstance(made, torch.Tensor):
+                    made.zero_()
+        return out
 
 
-def compile_ahead_of(run: Callable[[], object], device: torch.device) -> None:
+def compile_ahead_of(run: Callable[[], object], device: torch.device) -> bool:
     """Go through `run` without launching a Triton kernel, and compile those it would launch.
 
     PyTorch's own operators do run, on zeros where a kernel would have written. So `run` must be
     harmless with any numbers, must not look at them, and must do its work when called again.
 
-    A kernel that does not compile says so when it is launched. Does nothing for a CPU, and where
-    Triton cannot compile beside the caller.
+    A kernel that does not compile says so when it is launched, and what fails here is left to
+    the pass that counts, with a warning.
+
+    Returns:
+        Whether `run` was called: not for a CPU, nor where Triton cannot compile beside the caller.
     """
     if device.type != "cuda" or not _can_compile_beside():
-        return
-    with _lock, _no_launches(), ZeroedTensors():
-        run()
+        return False
+    try:
+        with _lock, _no_launches(), ZeroedTensors():
+            run()
+    except Exception as problem:  # noqa: BLE001 - it saves time, no more
+        _logger.warning("kernels are compiled one by one, not ahead of a first pass: %s", problem)
+    return True
 
 
 def _can_compile_beside() -> bool:
@@ -80,3 +98,4 @@ def _no_launches() -> Iterator[None]:
                 yield
         finally:
             JITFunction.run = launch
+            _async_compile.active_mode.set(None)  # Triton does not where its wait is interrupted

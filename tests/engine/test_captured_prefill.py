@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from qnext.cache.hybrid import HybridCache
+from qnext.engine import captured_prefill
+from qnext.engine import runner as runner_module
 from qnext.engine.captured_prefill import (
     MAX_GRAPHS,
     MAX_ROWS,
@@ -52,6 +54,45 @@ def make_cache(filled_with=0.0):
     for part in (cache.kv_pool.k, cache.kv_pool.v):
         part.fill_(filled_with)
     return cache
+
+
+@pytest.fixture
+def passes_for_nothing(monkeypatch):
+    """What a pass without launches leaves behind on a GPU, a whole pass does here."""
+    passes = []
+
+    def run_for_nothing(run, device):
+        passes.append(device)
+        run()
+        return True
+
+    for module in (captured_prefill, runner_module):
+        monkeypatch.setattr(module, "compile_ahead_of", run_for_nothing)
+    return passes
+
+
+def test_what_a_pass_before_the_first_leaves_in_states_is_not_read(passes_for_nothing):
+    results = []
+    for has_compiled in (True, False):
+        request, cache = make_request(19), make_cache()
+        prefill = CapturedPrefill(tiny_model(has_mtp=False), cache)
+        prefill._has_compiled = has_compiled
+        with torch.inference_mode():
+            found = prefill.run(request)
+        results.append([*(x.clone() for x in found), *cache.state_pool.tensors()])
+        assert len(passes_for_nothing) == (0 if has_compiled else 1)
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_plain_passes_are_gone_through_before_the_first_alone(passes_for_nothing):
+    texts = []
+    for has_compiled in (True, False):
+        llm = LLM.from_model(tiny_model(), max_model_len=64)
+        llm.engine.runner._has_compiled = has_compiled
+        texts.append([token_ids(llm.generate(id_prompts(20, 9), greedy(6))) for _ in range(2)])
+    assert texts[0] == texts[1]
+    assert len(passes_for_nothing) == 1
 
 
 def test_few_lengths_take_all_prompts_and_fill_up_an_eighth_at_most():

@@ -15,6 +15,7 @@ import threading
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime._async_compile import active_mode
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from benchmarks.ops.compile_ahead import TargetOnly
@@ -45,6 +46,17 @@ assert not any(hit for _, hit, _ in compiled)
 assert all(thread != "MainThread" for _, _, thread in compiled), compiled
 assert all(not y.any() for y in left)
 assert JITFunction.run is launch
+
+def interrupted():
+    row_linear_fwd(x.double().half(), weight.half(), None, None, None, **how)
+    raise KeyboardInterrupt
+
+try:
+    compile_ahead_of(interrupted, torch.device("cuda"))
+except KeyboardInterrupt:
+    print("interrupted")
+assert JITFunction.run is launch and active_mode.get() is None
+assert compile_ahead_of(lambda: 1 / 0, torch.device("cuda"))  # a warning, no more
 try:
     row_linear_fwd(x[:1], weight, None, None, None, **how, tile=RowTile(3, 64, 1))
 except Exception as problem:
@@ -59,12 +71,25 @@ def test_kernels_of_a_pass_are_compiled_beside_it_and_not_launched(tmp_path):
         [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert "interrupted" in done.stdout
     assert "later: " in done.stdout  # what does not compile is told when it is launched
-    assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 3
+    assert "division by zero" in done.stderr
+    assert len(list((tmp_path / "cache").rglob("*.cubin"))) == 4
 
 
 def test_a_cpu_needs_no_pass_before_the_first():
-    compile_ahead_of(lambda: pytest.fail("it ran"), torch.device("cpu"))
+    assert not compile_ahead_of(lambda: pytest.fail("it ran"), torch.device("cpu"))
+
+
+@torch.library.custom_op("qnext::left_open_for_a_test", mutates_args=())
+def left_open(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x + 1, torch.full_like(x, 7.0)
+
+
+def test_results_of_our_own_operators_are_zeros():
+    with ZeroedTensors():
+        first, second = left_open(torch.ones(3))
+    assert not first.any() and not second.any()
 
 
 def test_tensors_are_made_of_zeros():

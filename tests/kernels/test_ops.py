@@ -77,7 +77,7 @@ def test_attention_backends_agree_forward_and_backward():
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_deterministic", [False, True])
 @pytest.mark.parametrize("room", [1, 8])
-@pytest.mark.parametrize("num_tokens", [1, 515, 2048])
+@pytest.mark.parametrize("num_tokens", [1, 515, 4096, 4611])
 def test_attention_of_one_document_agrees_on_a_gpu(num_tokens, room, is_deterministic):
     generator = torch.Generator().manual_seed(num_tokens)
     bounds = torch.tensor([0] + [num_tokens] * room, dtype=torch.int32)

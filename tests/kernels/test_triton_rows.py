@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from qnext.kernels.experts_rows import triton_fwd as experts_module
 from qnext.kernels.experts_rows.reference import ExpertScales, experts_rows_reference
-from qnext.kernels.experts_rows.triton_config import RowsTile, rows_tile
+from qnext.kernels.experts_rows.triton_config import RowsTile
 from qnext.kernels.experts_rows.triton_one import one_tile
 from qnext.kernels.fp8_blocks import dequantized, quantize_blocks, scale_shape
 from qnext.kernels.norm_router import triton_fwd as router_module
@@ -83,10 +83,23 @@ def test_odd_sizes_are_multiplied(num_rows, size, num_outputs):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("num_rows", [1, 5])
-@pytest.mark.parametrize("size, num_outputs", [(256, 150), (200, 24), (1152, 10), (1024, 20)])
-def test_blocks_of_eight_bits_are_multiplied_with_their_scales(num_rows, size, num_outputs):
-    check_linear(num_rows, size, num_outputs, HALF, has_norm=True, has_residual=True, is_fp8=True)
+@pytest.mark.parametrize("size, num_outputs", [(1024, 20), (256, 150), (200, 24), (1152, 10)])
+def test_blocks_of_eight_bits_are_multiplied_with_their_scales(size, num_outputs):
+    for num_rows in (1, 5):
+        sizes = (num_rows, size, num_outputs, HALF)
+        check_linear(*sizes, has_norm=True, has_residual=True, is_fp8=True)
+
+
+@pytest.mark.parametrize("columns", [256, 512])
+def test_scales_past_the_last_block_are_not_read(columns):
+    x, whole = random(3, 384, dtype=HALF), random(150, 384, dtype=HALF, scale=0.05)
+    weight, scale = quantize_blocks(whole)
+    room = torch.full((scale.numel() + 4,), float("nan"), device=DEVICE)
+    held = room[: scale.numel()].view_as(scale).copy_(scale)
+    how = {"eps": EPS, "out_dtype": torch.float32}
+    tile = linear_module.RowTile(16, columns, 2, 3)
+    ours = linear_module.row_linear_fwd(x, weight, None, None, held, **how, tile=tile)
+    assert error(ours, row_linear_reference(x, weight, None, None, scale, **how)) < 1e-5
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -287,17 +300,17 @@ def test_mixtures_are_summed_in_tiles_of_any_cut(tile):
     check_mixture(2, 80, 48, 6, 3, HALF, shared_width=32, tile=tile)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 4])
-def test_a_mixture_has_the_same_bits_in_any_company(num_rows):
-    given, named = mixture_inputs(8, 64, 32, 12, 3, HALF, shared_width=32, is_fp8=False)
+@pytest.mark.parametrize("num_rows, is_fp8", [(1, False), (2, False), (4, False), (2, True)])
+def test_a_mixture_has_the_same_bits_in_any_company(num_rows, is_fp8):
+    width = 128 if is_fp8 else 32
+    given, named = mixture_inputs(8, 64, width, 12, 3, HALF, shared_width=width, is_fp8=is_fp8)
     whole = experts_module.experts_rows_fwd(*given, **named)
     part = slice(2, 2 + num_rows)
     alone = {
         name: value[part] if isinstance(value, torch.Tensor) else value
         for name, value in named.items()
     }
-    tile = rows_tile(64, 32, 2)  # one row would take none
-    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone, tile=tile)
+    ours = experts_module.experts_rows_fwd(given[0][part], *given[1:], **alone)
     assert torch.equal(ours, whole[part])
 
 

@@ -4,16 +4,10 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN first: on Hopper its kernels are the fastest for one document. It steps back where it
-# cannot run, and where deterministic gradients are asked for.
-BY_SPEED = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+# Tokens from which a lone sequence takes the public function. On Hopper that is cuDNN's kernel, the
+# fastest, which costs the host some time for each length that is new.
+MANY_TOKENS = 4096
 
 
 def supports(
@@ -36,13 +30,15 @@ def attention_torch(
     max_seqlen: int,
     scale: float,
 ) -> torch.Tensor:
-    """As `attention_reference`: one SDPA call for one sequence, one varlen call for several.
+    """As `attention_reference`: one varlen call on a GPU, one SDPA call per sequence elsewhere.
 
-    Several in fp32, or on a CPU, take an SDPA call each.
+    A lone sequence takes SDPA on a GPU too, where it is long or in fp32: that there is only one is
+    known without a look at the bounds, which lie on the device.
     """
-    if cu_seqlens.shape[0] == 2:  # known without a look at the bounds, which lie on the device
+    takes_varlen = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    if cu_seqlens.shape[0] == 2 and (not takes_varlen or q.shape[0] >= MANY_TOKENS):
         return _one(q, k, v, scale)
-    if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    if takes_varlen:
         return _varlen(q, k, v, cu_seqlens, max_seqlen, scale)
     bounds = cu_seqlens.tolist()
     outputs = []
@@ -55,10 +51,9 @@ def attention_torch(
 
 def _one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, L, D]
-    with sdpa_kernel(BY_SPEED, set_priority=True):
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
+    out = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
     return out[0].transpose(0, 1)
 
 

@@ -2,7 +2,7 @@
 
 There is nothing to share between rows, so a program asks for all its weights at once, as the
 product of one row does, and the sum over slots is part of the second product. In two bytes the
-tiles of several rows are as fast.
+tiles of several rows are at least as fast.
 """
 
 from dataclasses import dataclass

@@ -233,7 +233,7 @@ def dot_rows(
     o_o = i_o * BO + tl.arange(0, BO)
     # A step of e4m3 may hold several blocks of columns, each with its scale.
     BK: tl.constexpr = BLOCK_SIZE if HAS_SCALE and BC > BLOCK_SIZE else BC
-    # Rows past the end are masked, not read again: a line that all programs ask for 14 times over
+    # Rows past the end are masked, not read again: a line that all programs ask for many times over
     # took longer to come than their weights.
     o_t = i_t * BT + tl.arange(0, BT)
     o_c = tl.arange(0, BK)
@@ -262,7 +262,9 @@ def dot_rows(
                 b_x = tl.load(p_token + i_c, mask=m_t[:, None] & m_c, other=0.0)
             if HAS_SCALE:
                 b_dot = tl.dot(widened(b_w, b_x), tl.trans(b_x), input_precision=PRECISION)
-                b_acc += b_dot * tl.load(p_s + i_c // BLOCK_SIZE)
+                # Blocks past the last column, in a step that is not full, have no scale.
+                is_there = C % BC == 0 or i_c < C
+                b_acc += b_dot * tl.load(p_s + i_c // BLOCK_SIZE, mask=is_there, other=0.0)
             else:
                 b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision=PRECISION)
     tl.store(p_y + o_y, b_acc.to(p_y.dtype.element_ty), mask=m_y)
