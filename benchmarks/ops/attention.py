@@ -5,8 +5,8 @@
 Flagship heads (16 queries, 2 keys and values, D 256), bf16, one document. `sdpa` is what a long
 lone document takes; `varlen` is what several take, with the bounds of this one and room for more,
 see `--rooms`. Output and gradients are compared with the reference's first, on fewer tokens;
-nothing is timed if one is wrong. The share is of 989 TFLOP/s, with 2.5 times the forward's products in a
-backward and half of each for the mask.
+nothing is timed if one is wrong. The share is of 989 TFLOP/s, with 2.5 times the forward's products
+in a backward and half of each for the mask.
 """
 
 import argparse
