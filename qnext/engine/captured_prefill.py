@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from qnext.cache.hybrid import HybridCache
+from qnext.engine.first_pass import FirstPass
 from qnext.engine.inputs import state_slot
 from qnext.engine.request import Request
 from qnext.engine.scheduler import PromptPart
 from qnext.kernels import dispatch
-from qnext.kernels.first_pass import compile_ahead_of
 from qnext.kernels.fp8_blocks import addresses_of
 from qnext.model.batch import CacheInputs, ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
@@ -105,7 +105,7 @@ class CapturedPrefill:
     def __init__(self, model: Qwen3Next, cache: HybridCache) -> None:
         self.model, self.cache = model, cache
         self.is_capturing = model.device.type == "cuda"
-        self._has_compiled = False
+        self._first_pass = FirstPass(cache, model.device)
         self._prompts: dict[int, _Prompt] = {}
         self._num_passes: Counter[int] = Counter()
         self._pool: Any = None
@@ -141,10 +141,7 @@ class CapturedPrefill:
         if self.is_capturing and prompt.graph is None and self._num_passes[num_rows] > 1:
             self._capture(prompt)
         if prompt.graph is None:
-            if not self._has_compiled:
-                self._has_compiled = True
-                if compile_ahead_of(partial(self._forward, prompt), self.model.device):
-                    self.cache.reset_state([state_slot(request)])  # it has left something there
+            self._first_pass.prepare(partial(self._forward, prompt), [request])
             self._forward(prompt)
         else:
             prompt.graph.replay()

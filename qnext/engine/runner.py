@@ -17,6 +17,7 @@ from torch import Tensor
 from qnext.cache.hybrid import HybridCache
 from qnext.engine.captured_prefill import CapturedPrefill
 from qnext.engine.captured_prefill import objection as captured_objection
+from qnext.engine.first_pass import FirstPass
 from qnext.engine.fused import FusedSteps
 from qnext.engine.inputs import SequenceRows, build_batch, state_slot
 from qnext.engine.request import Request
@@ -24,7 +25,6 @@ from qnext.engine.sampler import LogitsRow
 from qnext.engine.scheduler import PromptPart
 from qnext.engine.speculative import Drafts, choose_token
 from qnext.kernels.decode_step.reference import NOT_NUMBERS, LaunchedRounds, RoundsOutput, best_ids
-from qnext.kernels.first_pass import compile_ahead_of
 from qnext.model.batch import ForwardBatch
 from qnext.model.qwen3_next import Qwen3Next
 from qnext.runtime.random_bits import Purpose
@@ -118,7 +118,7 @@ class ModelRunner:
         self.chunk_tokens = chunk_tokens
         self.max_prefill_seqs = max_prefill_seqs
         self.keeps_hidden = keeps_hidden
-        self._has_compiled = False  # the kernels of a plain pass over prompts
+        self._first_pass = FirstPass(cache, model.device)  # of those that are not captured
         self.deferred_seconds = 0.0  # time spent on hidden rows put off from earlier steps
         self._pending: dict[str, _PendingRows] = {}
 
@@ -167,10 +167,9 @@ class ModelRunner:
                 for p in parts
             ]
             batch = self._batch(rows, is_window=False)
-            if not self._has_compiled and all(part.start == 0 for part in parts):
-                self._has_compiled = True
-                if compile_ahead_of(partial(self.model, batch, self.cache), self.device):
-                    self.cache.reset_state([state_slot(part.request) for part in parts])
+            if all(part.start == 0 for part in parts):
+                forward = partial(self.model, batch, self.cache)
+                self._first_pass.prepare(forward, [part.request for part in parts])
             hidden = self.model(batch, self.cache)  # [T, C]
         each = hidden.split([part.end - part.start for part in parts])
         begun, last_rows = [], []

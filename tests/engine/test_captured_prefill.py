@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from qnext.cache.hybrid import HybridCache
-from qnext.engine import captured_prefill
-from qnext.engine import runner as runner_module
+from qnext.engine import first_pass
 from qnext.engine.captured_prefill import (
     MAX_GRAPHS,
     MAX_ROWS,
@@ -66,8 +65,7 @@ def passes_for_nothing(monkeypatch):
         run()
         return True
 
-    for module in (captured_prefill, runner_module):
-        monkeypatch.setattr(module, "compile_ahead_of", run_for_nothing)
+    monkeypatch.setattr(first_pass, "compile_ahead_of", run_for_nothing)
     return passes
 
 
@@ -76,7 +74,7 @@ def test_what_a_pass_before_the_first_leaves_in_states_is_not_read(passes_for_no
     for has_compiled in (True, False):
         request, cache = make_request(19), make_cache()
         prefill = CapturedPrefill(tiny_model(has_mtp=False), cache)
-        prefill._has_compiled = has_compiled
+        prefill._first_pass.is_over = has_compiled
         with torch.inference_mode():
             found = prefill.run(request)
         results.append([*(x.clone() for x in found), *cache.state_pool.tensors()])
@@ -89,7 +87,7 @@ def test_plain_passes_are_gone_through_before_the_first_alone(passes_for_nothing
     texts = []
     for has_compiled in (True, False):
         llm = LLM.from_model(tiny_model(), max_model_len=64)
-        llm.engine.runner._has_compiled = has_compiled
+        llm.engine.runner._first_pass.is_over = has_compiled
         texts.append([token_ids(llm.generate(id_prompts(20, 9), greedy(6))) for _ in range(2)])
     assert texts[0] == texts[1]
     assert len(passes_for_nothing) == 1

@@ -198,7 +198,7 @@ class CapturedRounds:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self, prepared: Prepared) -> None:
-        """Compile the kernels on padding alone, which touches no sequence, then record a round.
+        """Compile the kernels, run them on padding alone, which touches no sequence, then record.
 
         All graphs work in one pool of memory: only one runs at a time, and what outlives a round
         lies in buffers outside of it.
