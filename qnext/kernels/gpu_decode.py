@@ -11,8 +11,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qnext.kernels.fp8_blocks import BLOCK, DTYPE, scale_shape
 
 NUM_SMS = 132
+# Elements of weight that a program without dots asks for at once. At 128 per thread three programs
+# fit an SM, which then waits for 96 KB: several times what the memory's latency needs in flight.
+TILE_ELEMENTS = 16384
+THREAD_ELEMENTS = 128
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _IS_INTERPRETED = triton.knobs.runtime.interpret
+
+
+def fma_block(num_outputs: int, row_elements: int, tile_elements: int = TILE_ELEMENTS) -> int:
+    """Outputs of a program without dots: a tile full, but two programs for each SM."""
+    block = min(16, max(1, tile_elements // row_elements))
+    while block > 1 and num_outputs < 2 * NUM_SMS * block:
+        block //= 2
+    return block
+
+
+def fma_warps(elements: int, per_thread: int = THREAD_ELEMENTS) -> int:
+    """Warps of a program that asks for so many elements."""
+    return max(1, min(8, elements // (32 * per_thread)))
 
 
 def overlap_options(use_pdl: bool) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def experts_rows_fwd(
         tile: another cut than the one chosen by shape; one row takes tiles too then.
     """
     weights = (gate_up, down, shared_gate_up, shared_down)
-    if normed.shape[0] == 1 and tile is None:
+    if normed.shape[0] == 1 and tile is None and scales is not None:
         one = one_tile(weights, top_ids.shape[1])
         if one is not None:
             routing = (top_weights, top_ids, shared_logit)

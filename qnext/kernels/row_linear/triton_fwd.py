@@ -14,7 +14,11 @@ import triton.language as tl
 from qnext.kernels.fp8_blocks import BLOCK, held_scale, tail_of
 from qnext.kernels.gpu_decode import (
     NUM_SMS,
+    THREAD_ELEMENTS,
+    TILE_ELEMENTS,
     block_scales,
+    fma_block,
+    fma_warps,
     overlap_options,
     row_inverse_rms,
     rows_objection,
@@ -27,10 +31,6 @@ from qnext.kernels.gpu_decode import (
 MAX_ROWS = 16
 # Rows of one dot: the narrowest that tensor cores take as this operand without padding.
 DOT_ROWS = 16
-# Elements of weight that a program of one row asks for at once. At 128 per thread three programs
-# fit an SM, which then waits for 96 KB: several times what the memory's latency needs in flight.
-TILE_ELEMENTS = 16384
-THREAD_ELEMENTS = 128
 # From so many e4m3 outputs on dots are faster for one row too: 82 us, not 90, for an H200's head.
 DOT_OUTPUTS = 32768
 
@@ -52,16 +52,15 @@ def gemv_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile
     is_whole = padded == num_columns and padded <= 4096
     BC = padded if is_whole else min(padded, 1024)
     is_wide = is_whole and element_bytes < 4
-    elements = TILE_ELEMENTS if is_wide else TILE_ELEMENTS // 4
-    BO = min(16, max(1, elements // BC))
-    while BO > 1 and num_outputs < 2 * NUM_SMS * BO:
-        BO //= 2
-    per_warp = 32 * (THREAD_ELEMENTS if is_wide else THREAD_ELEMENTS // 2)
-    return RowTile(BO, BC, num_warps=max(1, min(8, BO * BC // per_warp)))
+    elements, per_thread = TILE_ELEMENTS, THREAD_ELEMENTS
+    if not is_wide:
+        elements, per_thread = elements // 4, per_thread // 2
+    BO = fma_block(num_outputs, BC, elements)
+    return RowTile(BO, BC, num_warps=fma_warps(BO * BC, per_thread))
 
 
 def dot_tile(num_outputs: int, num_columns: int, element_bytes: int) -> RowTile:
-    """Cut for several rows: few outputs take few programs with long steps, each more bytes."""
+    """Cut for several rows: few outputs are cut narrow, for more programs, with longer steps."""
     if element_bytes == 4:
         return RowTile(16, 32, num_warps=4, num_stages=2)
     is_large = num_outputs >= 64 * NUM_SMS
