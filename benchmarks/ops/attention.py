@@ -12,6 +12,7 @@ in a backward and half of each for the mask.
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -45,13 +46,19 @@ def bounds_of(num_tokens: int, room: int) -> torch.Tensor:
     return bounds
 
 
+def forward(inputs: Sequence[torch.Tensor], bounds: torch.Tensor) -> torch.Tensor:
+    """The output alone."""
+    q, k, v, goal = inputs
+    with torch.no_grad():
+        return attention_torch(q, k, v, bounds, goal.shape[0], SCALE)
+
+
 def step(
-    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], room: int
+    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], bounds: torch.Tensor
 ) -> list[torch.Tensor]:
     """Output and the three gradients."""
     *taken, goal = inputs
-    num_tokens = goal.shape[0]
-    out = function(*taken, bounds_of(num_tokens, room), num_tokens, SCALE)
+    out = function(*taken, bounds, goal.shape[0], SCALE)
     return [out, *torch.autograd.grad(out, taken, goal)]
 
 
@@ -62,8 +69,9 @@ def check(room: int) -> None:
         ValueError: of what, and by how much.
     """
     inputs = draw(CHECKED_TOKENS)
-    expected = step(attention_reference, [x.detach().float().requires_grad_() for x in inputs], 1)
-    found = step(attention_torch, inputs, room)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    expected = step(attention_reference, wide, bounds_of(CHECKED_TOKENS, 1))
+    found = step(attention_torch, inputs, bounds_of(CHECKED_TOKENS, room))
     for name, ours, theirs in zip(("output", "q", "k", "v"), found, expected, strict=True):
         require_right(f"room {room}: {name}", ours, theirs, ERROR_LIMIT)
 
@@ -74,22 +82,14 @@ def measure(lengths: Sequence[int], rooms: Sequence[int], repeats: int) -> list[
     for num_tokens in lengths:
         flops = 2 * num_tokens**2 * NUM_QUERIES * HEAD_DIM  # of a forward under the mask
         for room in rooms:
-            inputs = draw(num_tokens)
-            bounds = bounds_of(num_tokens, room)
-
-            def forward(
-                inputs: tuple[torch.Tensor, ...] = inputs, bounds: torch.Tensor = bounds
-            ) -> None:
-                q, k, v, goal = inputs
-                with torch.no_grad():
-                    attention_torch(q, k, v, bounds, goal.shape[0], SCALE)
-
-            def both(inputs: tuple[torch.Tensor, ...] = inputs, room: int = room) -> None:
-                step(attention_torch, inputs, room)
-
+            given = draw(num_tokens), bounds_of(num_tokens, room)
+            runs: dict[str, tuple[Callable[[], object], float]] = {
+                "forward": (partial(forward, *given), 1.0),
+                "both": (partial(step, attention_torch, *given), 3.5),
+            }
             is_public = room == 1 and num_tokens >= MANY_TOKENS
             way = "sdpa" if is_public else f"varlen, room {room}"
-            for kind, run, factor in (("forward", forward, 1.0), ("both", both, 3.5)):
+            for kind, (run, factor) in runs.items():
                 times = time_us(run, repeats, captures=False)
                 share = factor * flops / statistics.median(times) / FLOPS_PER_US
                 name = kernel_times(run, 1)[0][0][:60]

@@ -84,15 +84,15 @@ def test_attention_of_one_document_agrees_on_a_gpu(num_tokens, room, is_determin
     drawn = [torch.randn(num_tokens, heads, 256, generator=generator) for heads in (16, 2, 2, 16)]
     drawn = [x.bfloat16() for x in drawn]
     results = []
-    for function, device, dtype in (
-        (attention_torch, "cuda", torch.bfloat16),
-        (attention_reference, "cuda", torch.float32),
+    for function, dtype in (
+        (attention_torch, torch.bfloat16),
+        (attention_reference, torch.float32),
     ):
-        *inputs, goal = (x.to(device, dtype) for x in drawn)
+        *inputs, goal = (x.to("cuda", dtype) for x in drawn)
         inputs = [x.requires_grad_() for x in inputs]
         torch.use_deterministic_algorithms(is_deterministic)
         try:
-            out = function(*inputs, bounds.to(device), num_tokens, 1 / 16)
+            out = function(*inputs, bounds.to("cuda"), num_tokens, 1 / 16)
             results.append([out, *torch.autograd.grad(out, inputs, goal)])
         finally:
             torch.use_deterministic_algorithms(False)

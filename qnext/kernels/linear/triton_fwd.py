@@ -207,11 +207,10 @@ def linear_stream_kernel(
     The weight is the left operand, which tensor cores take from the registers that widened it.
     """
     i_o, i_t = tl.program_id(0), tl.program_id(1)
-    o_o, o_row = i_o * BO + tl.arange(0, BO), i_t * BT + tl.arange(0, BT)
-    m_t = o_row < T
+    o_o, o_t = i_o * BO + tl.arange(0, BO), (i_t * BT + tl.arange(0, BT)).to(tl.int64)
+    m_t = o_t < T
     m_y = (o_o < O)[:, None] & m_t[None, :]
     o_c = tl.arange(0, BLOCK_SIZE)
-    o_t = o_row.to(tl.int64)
     p_row = p_w + tl.minimum(o_o, O - 1).to(tl.int64)[:, None] * C + o_c[None, :]
     p_token = p_x + o_t[:, None] * C + o_c[None, :]
     NUM_C: tl.constexpr = C // BLOCK_SIZE
