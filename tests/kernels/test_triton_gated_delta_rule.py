@@ -332,6 +332,25 @@ def test_gluon_scans_as_triton_does(monkeypatch, lengths, has_state, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not triton_scan.HAS_GLUON, reason="this Triton has no Gluon that fits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [(2, 6), (1, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("lengths", [[64, 7, 0] * 60, (1,), (63, 0, 64, 65), (5000,)], ids=len)
+def test_gluon_has_the_gradients_that_triton_has(monkeypatch, lengths, heads, dtype):
+    inputs, bounds = _inputs((*heads, 128, 128), lengths, 0.02, dtype, alike=0.1)
+
+    def with_tokens_apart(q, *others, **named):
+        apart = torch.cat([q, q], dim=1)[:, : q.shape[1]]
+        return gated_delta_rule_triton(apart, *others, **named)
+
+    found = _results(with_tokens_apart, inputs, bounds, True)
+    monkeypatch.setattr(triton_scan, "HAS_GLUON", False)
+    expected = _results(gated_delta_rule_triton, inputs, bounds, True)
+    for name, ours, theirs in zip(NAMES, found, expected, strict=True):
+        assert error(ours, theirs) < LIMITS[dtype] * (2 if name == "dg" else 1), name
+
+
+@pytest.mark.gpu
 def test_nothing_crosses_a_border_of_flagship_heads_not_even_nan():
     inputs, bounds = _inputs(FLAGSHIP, (50, 100, 70), 0.02, HALF, alike=0.1)
     clean = _results(gated_delta_rule_triton, inputs, bounds, True)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from qnext.kernels.gated_delta_rule.gluon_tiles import copy_decay, copy_rows, hidden, store_rows
-from qnext.kernels.gated_delta_rule.triton_chunks import Chunks, Inputs
+from qnext.kernels.gated_delta_rule.triton_chunks import DECAYS, Chunks, Inputs
 
 STAGES = 3  # chunks in shared memory: one at work, two on their way
 # Of 64 x 64 outputs, for a scan beside other kernels: what more memory keeps off its processor.
@@ -37,7 +37,7 @@ def copy_chunk(
     i_x = i_c.to(gl.int64) * 64
     copy_rows(tiles[0].index(i_stage), pointers[0] + i_x * STRIDE_K, STRIDE_K, rows, 128)
     copy_rows(tiles[2].index(i_stage), pointers[2] + i_x * STRIDE_V, STRIDE_V, rows, 64)
-    copy_decay(tiles[5].index(i_stage), pointers[5] + i_x * (HV * 5), rows)
+    copy_decay(tiles[5].index(i_stage), pointers[5] + i_x * (HV * DECAYS), rows)
     copy_rows(tiles[3].index(i_stage), pointers[3] + i_x * (HV * 64), 64, whole, 64)
     copy_rows(tiles[1].index(i_stage), pointers[1] + i_x * STRIDE_Q, STRIDE_Q, rows, 128)
     copy_rows(tiles[4].index(i_stage), pointers[4] + i_x * (HV * 64), 64, whole, 64)
@@ -60,7 +60,7 @@ def chunk_pointers(
         p_v + row * STRIDE_V + i_h * V + i_v * 64,
         p_inverse + i_tile * (64 * 64),
         p_scores + i_tile * (64 * 64),
-        p_decay + i_tile * (5 * 64),
+        p_decay + i_tile * (DECAYS * 64),
     )
 
 
@@ -167,7 +167,7 @@ def gated_delta_rule_gluon_fwd_kernel(
             tiles, pointers, i_next, i_later, length - i_later * BT,
             HV, STRIDE_K, STRIDE_Q, STRIDE_V,
         )  # fmt: skip
-        store_rows(p_out - BT * HV * V, s_out, HV * V, gl.minimum(i_c * BT, BT))
+        store_rows(p_out - BT * HV * V, s_out, HV * V, gl.minimum(i_c * BT, BT), 64)
         b_v = s_v.index(i_now).permute((1, 0)).load(TOKENS)
         b_from_start = s_decay.index(i_now * 4).load(ALONG_T)[None, :]
         b_z, b_rounded = hopper.warpgroup_mma_wait(0, deps=[b_z, b_rounded])
@@ -200,7 +200,7 @@ def gated_delta_rule_gluon_fwd_kernel(
     async_copy.wait_group(0)
     rest = gl.where(length > 0, (length - 1) % BT + 1, 0)
     s_out.permute((1, 0)).store(b_out)
-    store_rows(p_out - BT * HV * V, s_out, HV * V, rest)
+    store_rows(p_out - BT * HV * V, s_out, HV * V, rest, 64)
     if HAS_FINAL:
         p_end = p_final + (hidden(i_n).to(gl.int64) * HV + i_h) * (K * V) + i_v * 64
         gl.store(p_end + (o_k * V + o_v), b_state)

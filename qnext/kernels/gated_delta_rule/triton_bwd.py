@@ -9,13 +9,23 @@ import triton.language as tl
 
 from qnext.kernels.gated_delta_rule.triton_chunks import (
     CHUNK,
+    DECAYS,
     Chunks,
     Inputs,
     block_size,
     decay_between,
     product,
 )
-from qnext.kernels.gated_delta_rule.triton_scan import States, scan_states, value_block
+from qnext.kernels.gated_delta_rule.triton_scan import (
+    HAS_GLUON,
+    States,
+    kernels,
+    scan_states,
+    value_block,
+)
+
+if HAS_GLUON:
+    from qnext.kernels.gated_delta_rule import gluon_bwd
 
 HEADS = 16  # heads of one program of the last kernel
 
@@ -75,7 +85,7 @@ def gated_delta_rule_bwd_state_kernel(
         b_dstate = tl.zeros([BK, BV], dtype=tl.float32)
 
     # One chunk ahead: a load of a single number is not pipelined.
-    p_through = p_decay + ((i_slot + num_chunks - 1) * Hv + i_h) * 5 * BT + BT - 1
+    p_through = p_decay + ((i_slot + num_chunks - 1) * Hv + i_h) * DECAYS * BT + BT - 1
     through = tl.load(p_through, mask=num_chunks > 0, other=0.0)
     for i_back in range(num_chunks):
         i_c = num_chunks - 1 - i_back
@@ -90,10 +100,10 @@ def gated_delta_rule_bwd_state_kernel(
         b_dout = tl.load(p_dout + i_out + o_out, mask=m_tv, other=0.0)
         b_inverse = tl.load(p_inverse + i_tile * BT + o_tt)
         b_scores = tl.load(p_scores + i_tile * BT + o_tt)
-        p_row = p_decay + 5 * i_tile + o_t
+        p_row = p_decay + DECAYS * i_tile + o_t
         b_from_start = tl.load(p_row)[:, None]
         b_write = tl.load(p_row + 2 * BT)[:, None]
-        p_through -= Hv * 5 * BT
+        p_through -= Hv * DECAYS * BT
         through_next = tl.load(p_through, mask=i_c > 0, other=0.0)
 
         b_rounded = b_dstate.to(dtype)
@@ -117,7 +127,6 @@ def gated_delta_rule_bwd_state_kernel(
 def gated_delta_rule_bwd_scores_kernel(
     p_q: tl.tensor,
     p_k: tl.tensor,
-    p_beta: tl.tensor,
     p_dout: tl.tensor,
     p_dv: tl.tensor,
     p_change: tl.tensor,
@@ -175,9 +184,9 @@ def gated_delta_rule_bwd_scores_kernel(
         b_left = tl.load(p_left + i_out + o_out, mask=m_tv, other=0.0)
         b_change = tl.load(p_change + i_out + o_out, mask=m_tv, other=0.0)
         i_tile = (i_slot * Hv + i_h) * BT
-        p_row = p_decay + 5 * i_tile + o_i
+        p_row = p_decay + DECAYS * i_tile + o_i
         b_decay = decay_between(tl.load(p_row + 3 * BT), tl.load(p_row + 4 * BT), nearest, BT)
-        b_beta = tl.load(p_beta + row * Hv + i_h + o_i * Hv, mask=m_t, other=0.0)
+        b_beta = tl.load(p_row + 5 * BT)
         b_pairs = product(b_left, tl.trans(b_change), IS_FP32) * (sign * b_decay)
         b_total += b_pairs * b_beta[None, :]
         b_pairs *= b_overlap
@@ -241,8 +250,8 @@ def gated_delta_rule_bwd_key_kernel(
         i_head = i_slot * Hv + i_h
         o_out = (row * Hv + i_h) * V + o_i[:, None] * (Hv * V)
         o_state = i_head * K * V + o_k[:, None] * V
-        p_row = p_decay + 5 * i_head * BT + o_i
-        p_part = p_parts + (i_k * num_slots * Hv + i_head) * 4 * BT + o_i
+        p_row = p_decay + DECAYS * i_head * BT + o_i
+        p_part = p_parts + (i_k * num_slots * Hv + i_head) * 3 * BT + o_i
         b_write = tl.zeros([BT, BK], dtype=tl.float32)  # E dS_L^T
         b_carried = tl.zeros([BK], dtype=tl.float32)  # rows of <S_0, dS_L>
         for i_v in range(0, V, BV):
@@ -253,10 +262,10 @@ def gated_delta_rule_bwd_key_kernel(
             b_write += product(b_change, tl.trans(b_dstate), IS_FP32)
             b_carried += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), axis=1)
         b_k = tl.load(p_keys, mask=m_tk, other=0.0).to(tl.float32)
-        tl.store(p_part + 2 * BT, tl.sum(b_write * b_k, axis=1) * tl.load(p_row + BT))
+        tl.store(p_part + BT, tl.sum(b_write * b_k, axis=1) * tl.load(p_row + BT))
         b_from_start = tl.load(p_row)
         b_last = tl.where(o_i == BT - 1, b_from_start * tl.sum(b_carried, axis=0), 0.0)
-        tl.store(p_part + 3 * BT, b_last)
+        tl.store(p_part + 2 * BT, b_last)
         b_dk += b_write * tl.load(p_row + 2 * BT)[:, None]
 
         # A second loop over the same columns holds fewer products in registers at a time.
@@ -271,10 +280,10 @@ def gated_delta_rule_bwd_key_kernel(
             b_erase += product(b_dz, tl.trans(b_state), IS_FP32)
         b_from_start = tl.load(p_row)
         b_q = tl.load(p_queries, mask=m_tk, other=0.0).to(tl.float32)
-        tl.store(p_part, tl.sum(b_read * b_q, axis=1) * b_from_start)
+        b_sum = tl.sum(b_read * b_q, axis=1)
         b_dq += b_read * b_from_start[:, None]
         b_k = tl.load(p_keys, mask=m_tk, other=0.0).to(tl.float32)
-        tl.store(p_part + BT, -tl.sum(b_erase * b_k, axis=1) * b_from_start)
+        tl.store(p_part, (b_sum - tl.sum(b_erase * b_k, axis=1)) * b_from_start)
         b_dk -= b_erase * b_from_start[:, None]
 
     b_q = tl.load(p_queries, mask=m_tk, other=0.0)
@@ -301,6 +310,7 @@ def gated_delta_rule_bwd_gates_kernel(
     p_dbeta: tl.tensor,
     num_slots: tl.tensor,
     Hv: tl.constexpr,
+    NS: tl.constexpr,
     NK: tl.constexpr,
     BT: tl.constexpr,
     BH: tl.constexpr,
@@ -321,18 +331,17 @@ def gated_delta_rule_bwd_gates_kernel(
     b_beta = tl.load(p_beta + o_gate, mask=m_gate, other=0.0)
     b_rows = tl.zeros([BH, BT], dtype=tl.float32)
     b_dbeta = tl.zeros([BH, BT], dtype=tl.float32)
-    for i_kind in range(2):
-        p_sum = p_sums + (i_kind * num_slots.to(tl.int64) * Hv + i_row) * 2 * BT + o_t
+    for i_s in range(NS):
+        p_sum = p_sums + (i_s * num_slots.to(tl.int64) * Hv + i_row) * 2 * BT + o_t
         b_rows += tl.load(p_sum, mask=m_h, other=0.0)
         b_dbeta += tl.load(p_sum + BT, mask=m_h, other=0.0)
     b_to_end = tl.zeros([BH, BT], dtype=tl.float32)
     for i_k in range(NK):
-        p_part = p_parts + (i_k * num_slots.to(tl.int64) * Hv + i_row) * 4 * BT + o_t
+        p_part = p_parts + (i_k * num_slots.to(tl.int64) * Hv + i_row) * 3 * BT + o_t
         b_rows += tl.load(p_part, mask=m_h, other=0.0)
-        b_rows += tl.load(p_part + BT, mask=m_h, other=0.0)
-        b_columns = tl.load(p_part + 2 * BT, mask=m_h, other=0.0)
+        b_columns = tl.load(p_part + BT, mask=m_h, other=0.0)
         b_dbeta += b_columns
-        b_to_end += b_columns * b_beta + tl.load(p_part + 3 * BT, mask=m_h, other=0.0)
+        b_to_end += b_columns * b_beta + tl.load(p_part + 2 * BT, mask=m_h, other=0.0)
     # Each e^-G_j stands beside a beta_j, and e^G_L beside all that reaches the chunk's end.
     b_rows += tl.where(o_t == BT - 1, tl.sum(b_to_end, axis=1)[:, None], 0.0) - b_beta * b_dbeta
     tl.store(p_dbeta + o_gate, b_dbeta, mask=m_gate)
@@ -352,10 +361,49 @@ def gated_delta_rule_bwd(
     kept: what the forward kept of the pass over the chunks; without it, the pass runs again.
     """
     assert inputs.q is not None
+    states = kept or scan_states(inputs, chunks, initial_state)
+    dv, dstates, dinitial = _state_gradients(inputs, chunks, dout, dfinal)
+    tokens = (dout, dv, states.change)
+    num_slots, num_heads = inputs.num_slots, inputs.sizes[1]
+    dq, dk = inputs.q.new_empty(inputs.q.shape), inputs.k.new_empty(inputs.k.shape)
+    if kernels(inputs)[0] == "gluon" and gluon_bwd.takes(inputs, dout):
+        sums = inputs.g.new_empty(1, num_slots, num_heads, 2, CHUNK)
+        parts = inputs.g.new_empty(1, num_slots, num_heads, 3, CHUNK)
+        gluon_bwd.key_gradients_gluon(
+            inputs, chunks, tokens, (states.before, dstates), (dq, dk), sums, parts
+        )
+    else:
+        sums, parts = _key_gradients(inputs, chunks, tokens, (states.before, dstates), (dq, dk))
+    dg, dbeta = inputs.g.new_empty(inputs.g.shape), inputs.g.new_empty(inputs.g.shape)
+    heads = min(HEADS, triton.next_power_of_2(num_heads))
+    gated_delta_rule_bwd_gates_kernel[(num_slots * triton.cdiv(num_heads, heads),)](
+        *(inputs.beta, sums, parts, chunks.table, dg, dbeta, num_slots),
+        Hv=num_heads,
+        NS=sums.shape[0],
+        NK=parts.shape[0],
+        BT=CHUNK,
+        BH=heads,
+    )
+    return dq, dk, dv, dg, dbeta, dinitial
+
+
+def _key_gradients(
+    inputs: Inputs,
+    chunks: Chunks,
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    states: tuple[torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write grads, dq and dk; returns what goes to the gates, sums and parts.
+
+    tokens: dO, dV, E; states: before chunks, and gradients of those after chunks.
+    """
+    assert inputs.q is not None
     q, k = inputs.q, inputs.k
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
     num_slots = inputs.num_slots
     columns = block_size(value_dim)
+    num_stages = 1 if inputs.is_fp32 else 3
     sizes = {
         "Hk": num_key_heads,
         "Hv": num_heads,
@@ -364,44 +412,30 @@ def gated_delta_rule_bwd(
         "BT": CHUNK,
         "IS_FP32": inputs.is_fp32,
         "num_warps": 4,  # with more, a wait for products does not hold back other warps' stores
+        "num_stages": num_stages,
     }
     strides = (q.stride(0), k.stride(0))
-    states, change = kept or scan_states(inputs, chunks, initial_state)
-    dv, dstates, dinitial = _state_gradients(inputs, chunks, dout, dfinal)
-
     # Of q k^T and of k k^T.
     dscores = k.new_empty(num_slots, num_key_heads, 2, CHUNK, CHUNK)
     sums = inputs.g.new_empty(2, num_slots, num_heads, 2, CHUNK)
     gated_delta_rule_bwd_scores_kernel[(2 * num_key_heads * num_slots,)](
-        *(q, k, inputs.beta, dout, dv, change, chunks.decay, chunks.table, dscores, sums),
+        *(q, k, *tokens, chunks.decay, chunks.table, dscores, sums),
         *(*strides, num_slots),
         BK=block_size(key_dim),
         BV=columns,
-        num_stages=1 if inputs.is_fp32 else 3,
         **sizes,
     )
     width = min(block_size(key_dim), 16 if inputs.is_fp32 else 64)
     parts_k = -(-key_dim // width)
-    parts = inputs.g.new_empty(parts_k, num_slots, num_heads, 4, CHUNK)
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    parts = inputs.g.new_empty(parts_k, num_slots, num_heads, 3, CHUNK)
     gated_delta_rule_bwd_key_kernel[(parts_k * num_key_heads * num_slots,)](
-        *(q, k, dout, dv, change, states, dstates, dscores, chunks.decay, chunks.table),
-        *(dq, dk, parts, *strides, num_slots),
+        *(q, k, *tokens, *states, dscores, chunks.decay, chunks.table, *grads, parts),
+        *(*strides, num_slots),
         BK=width,
         BV=min(columns, 64),
-        num_stages=1 if inputs.is_fp32 else 3,
         **sizes,
     )
-    dg, dbeta = inputs.g.new_empty(inputs.g.shape), inputs.g.new_empty(inputs.g.shape)
-    heads = min(HEADS, triton.next_power_of_2(num_heads))
-    gated_delta_rule_bwd_gates_kernel[(num_slots * triton.cdiv(num_heads, heads),)](
-        *(inputs.beta, sums, parts, chunks.table, dg, dbeta, num_slots),
-        Hv=num_heads,
-        NK=parts_k,
-        BT=CHUNK,
-        BH=heads,
-    )
-    return dq, dk, dv, dg, dbeta, dinitial
+    return sums, parts
 
 
 def _state_gradients(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 CHUNK = 64
+DECAYS: tl.constexpr = tl.constexpr(6)  # rows of `Chunks.decay`
 # Value heads of one program of `prepare_kernel`, 1 or 2, where they share keys: two hide each
 # other's waits, one leaves registers for more programs.
 PREPARED_HEADS = 2
@@ -225,12 +226,13 @@ def prepare_kernel(
         b_high = b_exact.to(tl.float32)
         b_low = (b_exact - b_high.to(tl.float64)).to(tl.float32)
         b_beta = tl.load(p_beta + o_t64 * Hv + i_h + i_g, mask=m_t, other=0.0)
-        p_row = p_decay + 5 * (i_tile + i_g * BT) + o_i
+        p_row = p_decay + DECAYS * (i_tile + i_g * BT) + o_i
         tl.store(p_row, tl.exp(b_high))
         tl.store(p_row + BT, b_to_end)
         tl.store(p_row + 2 * BT, b_to_end * b_beta)
         tl.store(p_row + 3 * BT, b_high)
         tl.store(p_row + 4 * BT, b_low)
+        tl.store(p_row + 5 * BT, b_beta)
         b_decay = decay_between(b_high, b_low, 0, BT) * b_beta[None, :]
         if HAS_Q:
             p_tile = p_scores + (i_tile + i_g * BT) * BT + o_tile
@@ -297,8 +299,8 @@ class Chunks:
         first: first slot of each sequence. [N], int32
         inverse: (I + N diag(beta))^-1. [slots, Hv, 64, 64], dtype of k
         scores: (q k^T) e^(G_i - G_j) beta_j for j <= i. [slots, Hv, 64, 64], dtype of k
-        decay: e^G_i, e^(G_L - G_i), that times beta_i, and the two words of G_i.
-            [slots, Hv, 5, 64], fp32
+        decay: e^G_i, e^(G_L - G_i), that times beta_i, the two words of G_i, and beta_i.
+            [slots, Hv, 6, 64], fp32
     """
 
     table: torch.Tensor
@@ -340,7 +342,7 @@ def empty_chunks(inputs: Inputs) -> Chunks:
     tile = (inputs.num_slots, num_heads, CHUNK, CHUNK)
     inverse = inputs.k.new_empty(tile)
     scores = inverse if inputs.q is None else inputs.k.new_empty(tile)
-    decay = inputs.g.new_empty(inputs.num_slots, num_heads, 5, CHUNK)
+    decay = inputs.g.new_empty(inputs.num_slots, num_heads, DECAYS.value, CHUNK)
     return Chunks(table, first, inverse, scores, decay)
 
 

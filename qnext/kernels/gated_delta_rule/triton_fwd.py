@@ -10,6 +10,7 @@ import torch
 from qnext.kernels.gated_delta_rule.triton_bwd import gated_delta_rule_bwd
 from qnext.kernels.gated_delta_rule.triton_chunks import (
     CHUNK,
+    DECAYS,
     Chunks,
     Inputs,
     empty_chunks,
@@ -205,7 +206,7 @@ def _shapes(
         cu_seqlens.new_empty(num_seqs),
         k.new_empty(tile),
         k.new_empty(tile),
-        g.new_empty(slots, heads, 5, CHUNK),
+        g.new_empty(slots, heads, DECAYS.value, CHUNK),
         v.new_empty((slots, heads, k.shape[2], value_dim) if keeps_states else 0),
         v.new_empty(v.shape if keeps_states else 0),
     )

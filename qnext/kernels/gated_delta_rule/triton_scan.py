@@ -9,6 +9,7 @@ import triton.language as tl
 
 from qnext.kernels.gated_delta_rule.triton_chunks import (
     CHUNK,
+    DECAYS,
     Chunks,
     Inputs,
     block_size,
@@ -92,7 +93,7 @@ def gated_delta_rule_fwd_kernel(
 
     # One chunk ahead: a load of a single number is not pipelined.
     num_chunks = (end - start + BT - 1) // BT
-    p_through = p_decay + (i_slot * Hv + i_h) * 5 * BT + BT - 1
+    p_through = p_decay + (i_slot * Hv + i_h) * DECAYS * BT + BT - 1
     through = tl.load(p_through, mask=num_chunks > 0, other=0.0)
     for i_c in range(num_chunks):
         m_t = start + i_c * BT + o_t < end
@@ -102,10 +103,10 @@ def gated_delta_rule_fwd_kernel(
         m_tv = m_t[:, None] & m_v[None, :]
         b_k = tl.load(p_k + row * stride_k + o_key, mask=m_tk, other=0.0)
         b_inverse = tl.load(p_inverse + i_tile * BT + o_tt)
-        p_row = p_decay + 5 * i_tile + o_t
+        p_row = p_decay + DECAYS * i_tile + o_t
         b_from_start = tl.load(p_row)
         b_write = tl.load(p_row + 2 * BT)
-        p_through += Hv * 5 * BT
+        p_through += Hv * DECAYS * BT
         through_next = tl.load(p_through, mask=i_c + 1 < num_chunks, other=0.0)
 
         b_rounded = b_state.to(dtype)
