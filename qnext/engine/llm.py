@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qnext.config.generation import GenerationConfig
 from qnext.engine.engine import Engine
@@ -326,7 +327,7 @@ class LLM:
         name = f"prompt {idx}"
         text, ids = self._prompt_ids(name, prompt)
         vocab_size = self.model.config.vocab_size
-        _check_ids(name, ids, vocab_size, self.max_model_len)
+        ids, prompt_array = _checked_ids(name, ids, vocab_size, self.max_model_len)
         if params.logprobs is not None and params.logprobs > vocab_size:
             raise ValueError(f"logprobs is {params.logprobs}; the vocabulary has {vocab_size}")
         detokenizer = IncrementalDetokenizer(self.tokenizer) if self.tokenizer else None
@@ -336,13 +337,14 @@ class LLM:
             total = min(total, len(ids) + params.max_tokens)
         request = Request(
             request_id=str(request_idx),
-            prompt_token_ids=[int(token_id) for token_id in ids],
+            prompt_token_ids=ids,
             params=params,
             seed=request_seed(self.seed, request_idx) if params.seed is None else params.seed,
             max_total_tokens=total,
             output_text=OutputText(detokenizer, tuple(params.stop or ())),
             prompt=text,
             end_token_ids=frozenset() if params.ignore_eos else self._end_token_ids(),
+            known_array=prompt_array,
         )
         request.metrics.arrival_time = time.monotonic()
         return request
@@ -384,11 +386,15 @@ class LLM:
         return self.tokenizer
 
 
-def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -> None:
+def _checked_ids(
+    name: str, ids: list[Any], vocab_size: int, max_model_len: int
+) -> tuple[list[int], NDArray[np.int64]]:
+    """Token ids as plain integers, as a list and as an array."""
     if not ids:
         raise ValueError(f"{name} is empty; want at least one token")
     # A long prompt is looked at as a whole; what is wrong with a bad one is told token by token.
-    for idx, token_id in enumerate(() if _are_ids(ids, vocab_size) else ids):
+    array = _plain_ids(ids, vocab_size)
+    for idx, token_id in enumerate(ids if array is None else ()):
         is_integer = isinstance(token_id, Integral) and not isinstance(token_id, bool)
         if not is_integer or not 0 <= token_id < vocab_size:
             raise ValueError(
@@ -399,17 +405,21 @@ def _check_ids(name: str, ids: list[int], vocab_size: int, max_model_len: int) -
             f"{name} has {len(ids):,} tokens; max_model_len is {max_model_len:,}, which must hold "
             "the prompt and at least one token more"
         )
+    if array is None:
+        ids = [int(token_id) for token_id in ids]
+        array = np.array(ids, np.int64)
+    return ids, array
 
 
-def _are_ids(values: list[Any], vocab_size: int) -> bool:
-    """Whether all are plain integers from 0 to vocab_size - 1, without a loop in Python."""
-    if set(map(type, values)) != {int}:
-        return False
+def _plain_ids(values: list[Any], vocab_size: int) -> NDArray[np.int64] | None:
+    """The values, if all are plain integers from 0 to vocab_size - 1; no loop in Python."""
+    if list(map(type, values)).count(int) < len(values):
+        return None
     try:
         ids = np.fromiter(values, np.int64, len(values))
     except OverflowError:
-        return False
-    return bool(ids.min() >= 0 and ids.max() < vocab_size)
+        return None
+    return ids if ids.min() >= 0 and ids.max() < vocab_size else None
 
 
 def _open_tokenizer(folder: Path) -> Tokenizer | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from functools import cached_property
 from numbers import Integral, Real
@@ -209,8 +209,12 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    known_array: InitVar[NDArray[np.int64] | None] = None  # of prompt_token_ids, if there is one
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known_array: NDArray[np.int64] | None) -> None:
+        if known_array is None:
+            known_array = np.array(self.prompt_token_ids, np.int64)
+        self.prompt_array = known_array  # of which chunks are slices. [num_prompt_tokens]
         self.token_ids = list(self.prompt_token_ids)  # prompt and answer
         self.output_counts: dict[int, int] = {}  # kept up where there are penalties
         self.metrics.num_prompt_tokens = len(self.prompt_token_ids)
@@ -219,11 +223,6 @@ class Request:
     def prompt_id_set(self) -> frozenset[int]:
         """The tokens of the prompt, each once."""
         return frozenset(self.prompt_token_ids)
-
-    @cached_property
-    def prompt_array(self) -> NDArray[np.int64]:
-        """The prompt as an array, of which chunks are slices. [num_prompt_tokens]"""
-        return np.fromiter(self.prompt_token_ids, np.int64, len(self.prompt_token_ids))
 
     @cached_property
     def ending_ids(self) -> frozenset[int]:
