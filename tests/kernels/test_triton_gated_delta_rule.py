@@ -139,10 +139,10 @@ def _whole_and_segmented(monkeypatch, inputs, bounds, has_state, length):
 
 
 @pytest.mark.parametrize("has_state", [True, False])
-@pytest.mark.parametrize("end, lengths", [(300, [128, 128, 44]), (120, [120, 0, 0])])
+@pytest.mark.parametrize("end, lengths", [(600, [128, 192, 256, 24]), (120, [120, 0, 0, 0])])
 def test_segments_change_no_bit(monkeypatch, end, lengths, has_state):
     monkeypatch.setattr(triton_segments, "STEP", 64)
-    inputs, _ = _inputs((1, 2, 16, 16), (300,), 0.05, torch.float32)
+    inputs, _ = _inputs((1, 2, 16, 16), (600,), 0.05, torch.float32)
     given = inputs[5].clone()
     table = triton_segments.segments
     seen = []
@@ -158,6 +158,21 @@ def test_segments_change_no_bit(monkeypatch, end, lengths, has_state):
     for a, b in zip(whole, cut, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(inputs[5], given)
+
+
+def test_segments_grow_from_a_quarter_to_the_whole():
+    starts = [triton_segments.eighths_before.fn(idx) for idx in range(10)]
+    assert [b - a for a, b in zip(starts[:-1], starts[1:], strict=True)] == [
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        8,
+        8,
+    ]
 
 
 def test_gradients_after_a_forward_in_segments_are_those_of_the_recurrence(monkeypatch):

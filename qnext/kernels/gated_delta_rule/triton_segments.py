@@ -13,8 +13,11 @@ import triton.language as tl
 from qnext.kernels.gated_delta_rule.triton_chunks import CHUNK, Chunks, Inputs
 
 # Tokens of a segment: a handful of microseconds pass between two. Longer sequences have more of
-# them, shorter ones none.
+# them, sequences of less than two have none.
 SEGMENT_TOKENS = 8192
+# Nothing hides how the first segment is prepared, so it is short; each next one is as much longer
+# as is prepared in the time of a scan: 2, 3, 4 ... 8 eighths of SEGMENT_TOKENS.
+EIGHTHS = 8
 # They are multiples of STEP tokens and a table's rows have ROW numbers: aligned pointers into the
 # tables of slots and segments keep kernels from compiling twice.
 STEP = 4 * CHUNK
@@ -23,21 +26,30 @@ ROW = 8
 _chains: dict[tuple[int, int], torch.cuda.Stream] = {}
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
+def eighths_before(i_segment: tl.tensor) -> tl.tensor:
+    """Eighths of SEGMENT_TOKENS before a segment: 0, 2, 5, 9, 14, 20, 27, 35, 43, ..."""
+    num_full = (i_segment > 6) * (i_segment - 6)
+    i_short = i_segment - num_full
+    return i_short * (i_short + 3) // 2 + 8 * num_full
+
+
+@triton.jit(do_not_specialize=["eighth"])
 def segment_table_kernel(
     p_cu_seqlens: tl.tensor,
     p_table: tl.tensor,
-    length: tl.tensor,
+    eighth: tl.tensor,
     ROW: tl.constexpr,
     BT: tl.constexpr,
 ) -> None:
     """Write a segment's first token, end and first slot; none of its tokens are padding."""
     i_segment = tl.program_id(0)
     num_tokens = tl.load(p_cu_seqlens + 1)
-    start = i_segment * length
+    start = eighths_before(i_segment) * eighth
+    end = eighths_before(i_segment + 1) * eighth
     p_row = p_table + i_segment * ROW
     tl.store(p_row, tl.minimum(start, num_tokens))
-    tl.store(p_row + 1, tl.minimum(start + length, num_tokens))
+    tl.store(p_row + 1, tl.minimum(end, num_tokens))
     tl.store(p_row + ROW // 2, start // BT)
 
 
@@ -67,14 +79,16 @@ class Segment:
 def segments(inputs: Inputs) -> list[Segment]:
     """The segments of one long sequence, in order; none of a short one or of several."""
     num_tokens, num_slots = inputs.v.shape[0], inputs.num_slots
-    count = num_tokens // SEGMENT_TOKENS
-    if inputs.num_seqs != 1 or count < 2:
+    if inputs.num_seqs != 1 or num_tokens < 2 * SEGMENT_TOKENS:
         return []
-    length = triton.cdiv(num_tokens, count * STEP) * STEP
-    count = triton.cdiv(num_tokens, length)
+    eighth = triton.cdiv(SEGMENT_TOKENS, EIGHTHS * STEP) * STEP
+    starts = [0]
+    while (start := eighths_before.fn(len(starts)) * eighth) < num_tokens:
+        starts.append(start)
+    count = len(starts)
     table = inputs.cu_seqlens.new_empty(count, ROW)
-    segment_table_kernel[(count,)](inputs.cu_seqlens, table, length, ROW=ROW, BT=CHUNK)
-    slots = [length // CHUNK * idx for idx in range(count)] + [num_slots]
+    segment_table_kernel[(count,)](inputs.cu_seqlens, table, eighth, ROW=ROW, BT=CHUNK)
+    slots = [start // CHUNK for start in starts] + [num_slots]
     return [
         Segment(slice(slots[idx], slots[idx + 1]), row[:2], row[ROW // 2 : ROW // 2 + 1])
         for idx, row in enumerate(table.unbind())
