@@ -2,7 +2,8 @@
 
 One kernel instead of `gated_delta_rule_bwd_scores_kernel` and `..._bwd_key_kernel`: what belongs to
 a chunk of a value head is read once. A program takes a whole multiprocessor, and one chunk after
-another; while it works on a head, the copy engine brings the next head's tiles to shared memory.
+another; while it works on a value head, the copy engine brings the next one's tiles to shared
+memory. Keys and queries, of which there is one place, come while a chunk's first states are read.
 
 All factors of products lie in shared memory. Where a tile lies is hidden from the compiler: it
 would keep the addresses of all of them in registers through the loops. What then does not fit is
@@ -26,6 +27,14 @@ COLUMNS = 128  # of keys and values
 WARPS = 8  # two groups: each has half of every product's columns
 TILE_BYTES: gl.constexpr = gl.constexpr(64 * 128 * 2)
 STATE_ROWS: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
+
+
+@gluon.jit
+def count_chunks(p_first: tl.tensor, p_cu_seqlens: tl.tensor, num_seqs: tl.tensor) -> tl.tensor:
+    """Slots that have tokens: the first ones. A batch with room for more sequences has others."""
+    p_last = p_cu_seqlens + num_seqs - 1
+    length = gl.load(p_last + 1) - gl.load(p_last)
+    return gl.load(p_first + num_seqs - 1) + (length + 63) // 64
 
 
 @gluon.jit
@@ -178,7 +187,10 @@ def add_pairs(
     return b_dq, b_dk
 
 
-@gluon.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["p_table"])
+@gluon.jit(
+    do_not_specialize=["num_seqs"],
+    do_not_specialize_on_alignment=["p_table", "p_first", "p_cu_seqlens"],
+)
 def gated_delta_rule_gluon_bwd_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -189,11 +201,13 @@ def gated_delta_rule_gluon_bwd_kernel(
     dstates: tl.tensor,
     p_decay: tl.tensor,
     p_table: tl.tensor,
+    p_first: tl.tensor,
+    p_cu_seqlens: tl.tensor,
     p_dq: tl.tensor,
     p_dk: tl.tensor,
     p_sums: tl.tensor,
     p_parts: tl.tensor,
-    num_slots: tl.tensor,
+    num_seqs: tl.tensor,
     HK: gl.constexpr,
     HV: gl.constexpr,
 ) -> None:
@@ -227,13 +241,15 @@ def gated_delta_rule_gluon_bwd_kernel(
     o_i = gl.arange(0, 64, ALONG_K)
     o_part = gl.arange(0, 64, ALONG_V)
     zeros = gl.full([64, K], 0.0, gl.float32, WIDE)
-    first, step, num_items = gl.program_id(0), gl.num_programs(0), num_slots * HK
+    num_items = count_chunks(p_first, p_cu_seqlens, num_seqs) * HK
+    first, step = gl.program_id(0), gl.num_programs(0)
+    has_any = first < num_items
     start = gl.load(p_table + 2 * (first // HK))
     i_state = first // HK * HV + first % HK * GROUP
-    expect_tokens(token_bars, 0, first >= 0)
-    copy_tokens(tokens, start, first % HK * GROUP, token_bars, token_tiles, 0, first >= 0)
-    copy_state(dstates, i_state, dstate_bar, s_states.index(1), first >= 0)
-    copy_state(states, i_state, state_bar, s_states.index(0), first >= 0)
+    expect_tokens(token_bars, 0, has_any)
+    copy_tokens(tokens, start, first % HK * GROUP, token_bars, token_tiles, 0, has_any)
+    copy_state(dstates, i_state, dstate_bar, s_states.index(1), has_any)
+    copy_state(states, i_state, state_bar, s_states.index(0), has_any)
     next_item = first + 1 // GROUP * step
     next_start = gl.load(p_table + 2 * (next_item // HK), mask=next_item < num_items, other=0)
 
@@ -282,6 +298,7 @@ def gated_delta_rule_gluon_bwd_kernel(
             mbarrier.wait(state_bar, i_head & 1)
             b_inner = inner_of_states(s_state, s_dstate)
             b_write = hopper.warpgroup_mma_wait(0, deps=[b_write])
+            hopper.fence_async_shared()
             tl.debug_barrier()
             copy_state(dstates, next_state, dstate_bar, s_dstate, has_next)
             after = first + (i_head + 2) // GROUP * step
@@ -326,14 +343,20 @@ def gated_delta_rule_gluon_bwd_kernel(
 
 def describe(x: torch.Tensor, num_rows: int) -> TensorDescriptor:
     """Descriptor of [N, ...], each of N contiguous, for copies of num_rows rows of 128 values."""
-    rows = x.as_strided((x.shape[0], x[0].numel()), (x.stride(0), 1))
+    width = x[0].numel()
+    stride = x.stride(0) if x.shape[0] > 1 else width  # one row may have any
+    rows = x.as_strided((x.shape[0], width), (stride, 1))
     layout = gl.NVMMASharedLayout(128, 16, rank=2)
     return TensorDescriptor.from_tensor(rows, [num_rows, COLUMNS], layout=layout)
 
 
 def takes(inputs: Inputs, dout: torch.Tensor) -> bool:
-    """Whether the kernel can, where the scan's in Gluon can: tiles are copied from 16-byte rows."""
-    return inputs.sizes[3] == COLUMNS and inputs.v.shape[0] > 0 and dout.data_ptr() % 16 == 0
+    """Whether the kernel runs where `kernels` names Gluon: V is 128, and no token's rows overlap.
+
+    The copy engine wants 16-byte aligned rows; `kernels` has seen to those of the inputs.
+    """
+    apart = all(x.stride(0) >= x[0].numel() for x in (inputs.q, inputs.k) if x is not None)
+    return inputs.sizes[3] == COLUMNS and apart and dout.data_ptr() % 16 == 0
 
 
 def key_gradients_gluon(
@@ -360,7 +383,8 @@ def key_gradients_gluon(
     gated_delta_rule_gluon_bwd_kernel[(min(num_processors(inputs.k.device), num_items),)](
         *(describe(x, 64) for x in (inputs.q, inputs.k, *tokens)),
         *(describe(x.view(-1, COLUMNS), COLUMNS) for x in states),
-        *(chunks.decay, chunks.table, *grads, sums, parts, inputs.num_slots),
+        *(chunks.decay, chunks.table, chunks.first, inputs.cu_seqlens, *grads, sums, parts),
+        inputs.num_seqs,
         HK=num_key_heads,
         HV=num_heads,
         num_warps=WARPS,

@@ -1,6 +1,6 @@
 """Tiles of a chunk between global and shared memory, for kernels in Gluon.
 
-Shared tiles are swizzled as Hopper's products read them.
+Shared tiles are swizzled as Hopper's products read them; four warps copy them.
 """
 
 import triton.language as tl
@@ -14,10 +14,10 @@ def copy_rows(
     tile: gl.shared_memory_descriptor, p_rows: tl.tensor, stride: gl.constexpr, rows: tl.tensor,
     B: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Start copying B values of each of a tile's first `rows` rows; the others become zero."""
+    """Start copying B values of each of the first `rows` of 64 rows; the others become zero."""
     LANES: gl.constexpr = B // 8
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
-    o_t = gl.arange(0, tile.shape[0], gl.SliceLayout(1, ROWS))[:, None]
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
+    o_t = gl.arange(0, 64, gl.SliceLayout(1, ROWS))[:, None]
     o_b = gl.arange(0, B, gl.SliceLayout(0, ROWS))[None, :]
     o_x = o_t.to(gl.int64) * stride + o_b  # 32 bits would be widened row by row
     m_t = (o_t < rows) & (o_b >= 0)
@@ -39,7 +39,7 @@ def store_rows(
     p_rows: tl.tensor, tile: gl.shared_memory_descriptor, stride: gl.constexpr, rows: tl.tensor,
     B: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Store B values of each of a tile's first `rows` rows."""
+    """Store B values of each of a tile's first `rows` rows, by all warps."""
     LANES: gl.constexpr = B // 8
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [gl.num_warps(), 1], [1, 0])
     o_r = gl.arange(0, tile.shape[0], gl.SliceLayout(1, ROWS))[:, None]

@@ -12,14 +12,14 @@ import triton.language as tl
 
 from qnext.kernels.gated_delta_rule.triton_chunks import CHUNK, Chunks, Inputs
 
-# Tokens of a segment: a handful of microseconds pass between two. Longer sequences have more of
-# them, sequences of less than two have none.
+# Tokens of a full segment: a handful of microseconds pass between two. Sequences of less than two
+# are not cut.
 SEGMENT_TOKENS = 8192
-# Nothing hides how the first segment is prepared, so it is short; each next one is as much longer
-# as is prepared in the time of a scan: 2, 3, 4 ... 8 eighths of SEGMENT_TOKENS.
+# Nothing hides how the first segment is prepared, so it is short, and each next one longer by what
+# can be prepared during a scan: 2, 3, 4 ... 8 eighths of SEGMENT_TOKENS.
 EIGHTHS = 8
-# They are multiples of STEP tokens and a table's rows have ROW numbers: aligned pointers into the
-# tables of slots and segments keep kernels from compiling twice.
+# Segments are multiples of STEP tokens, and a table's rows have ROW numbers: aligned pointers into
+# the tables of slots and segments keep kernels from compiling twice.
 STEP = 4 * CHUNK
 ROW = 8
 
