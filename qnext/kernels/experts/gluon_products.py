@@ -17,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qnext.kernels.experts.triton_config import Tile
 from qnext.kernels.experts.triton_sort import PairTable, max_tiles
+from qnext.kernels.gluon_copies import describe
 from qnext.kernels.gpu_rows import num_processors
 
 NUM_WARPS = 8
@@ -46,12 +46,6 @@ def takes(rows: torch.Tensor, num_columns: int, block_n: int, block_m: int, tile
         and depth % BK.value == 0
         and depth >= BK.value * tile.num_stages
     )
-
-
-def describe(tensor: torch.Tensor, *block: int) -> TensorDescriptor:
-    """Descriptor of a contiguous 16-bit tensor for copies of blocks of as many dimensions."""
-    layout = gl.NVMMASharedLayout(128, 16, len(block))
-    return TensorDescriptor.from_tensor(tensor, list(block), layout=layout)
 
 
 def multiply_up(

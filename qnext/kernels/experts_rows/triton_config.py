@@ -9,6 +9,9 @@ import triton
 from qnext.kernels.fp8_blocks import BLOCK
 from qnext.kernels.gpu_decode import overlap_options
 
+# gate_up, down, shared_gate_up, shared_down
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
 
 @dataclass(frozen=True)
 class RowsTile:

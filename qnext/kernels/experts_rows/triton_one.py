@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from qnext.kernels.experts_rows.reference import ExpertScales
-from qnext.kernels.experts_rows.triton_config import common_options
+from qnext.kernels.experts_rows.triton_config import Weights, common_options
 from qnext.kernels.gpu_decode import (
     TILE_ELEMENTS,
     block_scales,
@@ -22,8 +22,6 @@ from qnext.kernels.gpu_decode import (
     times_scales,
     wait_for_previous,
 )
-
-Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,6 @@ def experts_one_up_kernel(
     I: tl.constexpr,
     IS: tl.constexpr,
     A: tl.constexpr,
-    SLOTS: tl.constexpr,
     IH: tl.constexpr,
     BN: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -162,7 +159,6 @@ def experts_one_down_kernel(
     I: tl.constexpr,
     IS: tl.constexpr,
     A: tl.constexpr,
-    SLOTS: tl.constexpr,
     IH: tl.constexpr,
     BA: tl.constexpr,
     BO: tl.constexpr,
@@ -218,16 +214,12 @@ def experts_one_fwd(
     *,
     use_pdl: bool,
 ) -> torch.Tensor:
-    """Launch both kernels for one row; arguments as in `experts_rows_reference`. [1, C]
-
-    Args:
-        weights: gate_up, down, shared_gate_up, shared_down.
-    """
+    """Launch both kernels for one row; arguments as in `experts_rows_reference`. [1, C]"""
     gate_up, down, shared_gate_up, shared_down = weights
     num_active = top_ids.shape[1]
     options = common_options(down, shared_down, num_active, use_pdl)
-    C, I, IS, slots, width = (options[name] for name in ("C", "I", "IS", "SLOTS", "IH"))
-    hidden = torch.empty(slots, width, dtype=normed.dtype, device=normed.device)
+    C, I, IS, width = (options[name] for name in ("C", "I", "IS", "IH"))
+    hidden = torch.empty(options.pop("SLOTS"), width, dtype=normed.dtype, device=normed.device)
     y = torch.empty_like(residual)
 
     def given(own: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qnext.kernels.experts_rows.reference import ExpertScales
-from qnext.kernels.experts_rows.triton_config import RowsTile, common_options
+from qnext.kernels.experts_rows.triton_config import RowsTile, Weights, common_options
 from qnext.kernels.gpu_decode import overlap_options, wait_for_previous, widened
 
 # Rows of a dot, for any number of tokens: so a row's bits depend on no other.
@@ -333,18 +333,14 @@ def _tile_options(
 
 def tile_up(
     normed: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    weights: Weights,
     top_ids: torch.Tensor,
     scales: ExpertScales | None,
     tile: RowsTile,
     *,
     use_pdl: bool,
 ) -> torch.Tensor:
-    """Hidden channels of each slot, the shared expert's last. [T, A + 1, I]
-
-    Args:
-        weights: gate_up, down, shared_gate_up, shared_down.
-    """
+    """Hidden channels of each slot, the shared expert's last. [T, A + 1, I]"""
     gate_up, down, shared_gate_up, shared_down = weights
     num_tokens, num_active = top_ids.shape
     options = common_options(down, shared_down, num_active, use_pdl)

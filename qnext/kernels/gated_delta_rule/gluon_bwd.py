@@ -17,10 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qnext.kernels.gated_delta_rule.gluon_tiles import hidden, store_rows
-from qnext.kernels.gated_delta_rule.triton_chunks import DECAYS, Chunks, Inputs
+from qnext.kernels.gated_delta_rule.triton_chunks import CHUNK, DECAYS, Chunks, Inputs
+from qnext.kernels.gluon_copies import describe
 from qnext.kernels.gpu_rows import num_processors
 
 COLUMNS = 128  # of keys and values
@@ -106,11 +106,11 @@ def decay_between(
     s_high: gl.shared_memory_descriptor, s_low: gl.shared_memory_descriptor, PAIRS: gl.constexpr
 ) -> tl.tensor:
     """e^(G_i - G_j) for j <= i, else 0, of the two words of G. [64, 64]"""
-    ROWS: gl.constexpr = gl.SliceLayout(1, PAIRS)
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, PAIRS)
-    m_pairs = gl.arange(0, 64, ROWS)[:, None] >= gl.arange(0, 64, COLUMNS)[None, :]
-    b_high = s_high.load(ROWS)[:, None] - s_high.load(COLUMNS)[None, :]
-    b_low = s_low.load(ROWS)[:, None] - s_low.load(COLUMNS)[None, :]
+    ALONG_I: gl.constexpr = gl.SliceLayout(1, PAIRS)
+    ALONG_J: gl.constexpr = gl.SliceLayout(0, PAIRS)
+    m_pairs = gl.arange(0, 64, ALONG_I)[:, None] >= gl.arange(0, 64, ALONG_J)[None, :]
+    b_high = s_high.load(ALONG_I)[:, None] - s_high.load(ALONG_J)[None, :]
+    b_low = s_low.load(ALONG_I)[:, None] - s_low.load(ALONG_J)[None, :]
     return gl.exp(gl.where(m_pairs, b_high + b_low, float("-inf")))
 
 
@@ -275,7 +275,8 @@ def gated_delta_rule_gluon_bwd_kernel(
             expect_tokens(token_bars, i_next, has_next)
             copy_tokens(keys, start, i_hk, key_bars, key_tiles, 0, is_first)
             copy_tokens(tokens, next_start, next_h, token_bars, token_tiles, i_next, has_next)
-            p_rows = p_decay + (i_slot.to(gl.int64) * HV + i_hk * GROUP + i_g) * (DECAYS * 64)
+            i_row = (i_slot.to(gl.int64) * HV + i_hk * GROUP + i_g) * 64
+            p_rows = p_decay + DECAYS * i_row
             copy_decays(s_decay, p_rows)
             copy_decays(s_more, p_rows + 4 * 64)
             async_copy.commit_group()
@@ -289,7 +290,6 @@ def gated_delta_rule_gluon_bwd_kernel(
             clear_behind((t_dout, t_dz, t_change), rows)
 
             pairs = (s_pairs.index(2 * i_now), s_pairs.index(2 * i_now + 1))
-            i_row = (i_slot.to(gl.int64) * HV + i_hk * GROUP + i_g) * 64
             s_state, s_dstate = s_states.index(i_zero), s_states.index(i_zero + 1)
             mbarrier.wait(dstate_bar, i_head & 1)
             b_write = hopper.warpgroup_mma(
@@ -341,13 +341,11 @@ def gated_delta_rule_gluon_bwd_kernel(
         store_rows(p_dk + o_grad, s_dk, HK * K, rows, K)
 
 
-def describe(x: torch.Tensor, num_rows: int) -> TensorDescriptor:
-    """Descriptor of [N, ...], each of N contiguous, for copies of num_rows rows of 128 values."""
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """[N, ...] as [N, C], where each of N lies together."""
     width = x[0].numel()
     stride = x.stride(0) if x.shape[0] > 1 else width  # one row may have any
-    rows = x.as_strided((x.shape[0], width), (stride, 1))
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
-    return TensorDescriptor.from_tensor(rows, [num_rows, COLUMNS], layout=layout)
+    return x.as_strided((x.shape[0], width), (stride, 1))
 
 
 def takes(inputs: Inputs, dout: torch.Tensor) -> bool:
@@ -365,27 +363,20 @@ def key_gradients_gluon(
     tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     states: tuple[torch.Tensor, torch.Tensor],
     grads: tuple[torch.Tensor, torch.Tensor],
-    sums: torch.Tensor,
-    parts: torch.Tensor,
-) -> None:
-    """Launch the kernel, which writes grads, sums and parts.
-
-    Args:
-        tokens: dO, dV, E. [T, Hv, 128]
-        states: before chunks, and gradients of those after chunks. [slots, Hv, 128, 128]
-        grads: dq, dk. [T, Hk, 128]
-        sums: row and column sums of C. [slots, Hv, 2, 64]
-        parts: what goes to the rows' sums, c, and to G_L. [slots, Hv, 3, 64]
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `key_gradients_triton`, in one kernel."""
     num_key_heads, num_heads, _, _ = inputs.sizes
     assert inputs.q is not None, "gradients without queries"
+    sums = inputs.g.new_empty(1, inputs.num_slots, num_heads, 2, CHUNK)
+    parts = inputs.g.new_empty(1, inputs.num_slots, num_heads, 3, CHUNK)
     num_items = inputs.num_slots * num_key_heads
     gated_delta_rule_gluon_bwd_kernel[(min(num_processors(inputs.k.device), num_items),)](
-        *(describe(x, 64) for x in (inputs.q, inputs.k, *tokens)),
-        *(describe(x.view(-1, COLUMNS), COLUMNS) for x in states),
+        *(describe(rows_of(x), CHUNK, COLUMNS) for x in (inputs.q, inputs.k, *tokens)),
+        *(describe(x.view(-1, COLUMNS), COLUMNS, COLUMNS) for x in states),
         *(chunks.decay, chunks.table, chunks.first, inputs.cu_seqlens, *grads, sums, parts),
         inputs.num_seqs,
         HK=num_key_heads,
         HV=num_heads,
         num_warps=WARPS,
     )
+    return sums, parts

@@ -363,17 +363,12 @@ def gated_delta_rule_bwd(
     assert inputs.q is not None
     states = kept or scan_states(inputs, chunks, initial_state)
     dv, dstates, dinitial = _state_gradients(inputs, chunks, dout, dfinal)
-    tokens = (dout, dv, states.change)
-    num_slots, num_heads = inputs.num_slots, inputs.sizes[1]
     dq, dk = inputs.q.new_empty(inputs.q.shape), inputs.k.new_empty(inputs.k.shape)
-    if kernels(inputs)[0] == "gluon" and gluon_bwd.takes(inputs, dout):
-        sums = inputs.g.new_empty(1, num_slots, num_heads, 2, CHUNK)
-        parts = inputs.g.new_empty(1, num_slots, num_heads, 3, CHUNK)
-        gluon_bwd.key_gradients_gluon(
-            inputs, chunks, tokens, (states.before, dstates), (dq, dk), sums, parts
-        )
-    else:
-        sums, parts = _key_gradients(inputs, chunks, tokens, (states.before, dstates), (dq, dk))
+    takes_gluon = kernels(inputs)[0] == "gluon" and gluon_bwd.takes(inputs, dout)
+    key_gradients = gluon_bwd.key_gradients_gluon if takes_gluon else key_gradients_triton
+    tokens, ends = (dout, dv, states.change), (states.before, dstates)
+    sums, parts = key_gradients(inputs, chunks, tokens, ends, (dq, dk))
+    num_slots, num_heads = inputs.num_slots, inputs.sizes[1]
     dg, dbeta = inputs.g.new_empty(inputs.g.shape), inputs.g.new_empty(inputs.g.shape)
     heads = min(HEADS, triton.next_power_of_2(num_heads))
     gated_delta_rule_bwd_gates_kernel[(num_slots * triton.cdiv(num_heads, heads),)](
@@ -387,23 +382,29 @@ def gated_delta_rule_bwd(
     return dq, dk, dv, dg, dbeta, dinitial
 
 
-def _key_gradients(
+def key_gradients_triton(
     inputs: Inputs,
     chunks: Chunks,
     tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     states: tuple[torch.Tensor, torch.Tensor],
     grads: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write grads, dq and dk; returns what goes to the gates, sums and parts.
+    """Write the gradients of queries and keys; returns what the gates' are made of.
 
-    tokens: dO, dV, E; states: before chunks, and gradients of those after chunks.
+    Args:
+        tokens: dO, dV, E. [T, Hv, V]
+        states: before chunks, and gradients of those after chunks. [slots, Hv, K, V]
+        grads: dq, dk. [T, Hk, K]
+
+    Returns:
+        Row and column sums of C, in parts to be added [*, slots, Hv, 2, 64]; what goes to the rows'
+        sums, c, and what goes to G_L, in parts to be added [*, slots, Hv, 3, 64].
     """
     assert inputs.q is not None
     q, k = inputs.q, inputs.k
     num_key_heads, num_heads, key_dim, value_dim = inputs.sizes
     num_slots = inputs.num_slots
     columns = block_size(value_dim)
-    num_stages = 1 if inputs.is_fp32 else 3
     sizes = {
         "Hk": num_key_heads,
         "Hv": num_heads,
@@ -412,7 +413,7 @@ def _key_gradients(
         "BT": CHUNK,
         "IS_FP32": inputs.is_fp32,
         "num_warps": 4,  # with more, a wait for products does not hold back other warps' stores
-        "num_stages": num_stages,
+        "num_stages": 1 if inputs.is_fp32 else 3,
     }
     strides = (q.stride(0), k.stride(0))
     # Of q k^T and of k k^T.
